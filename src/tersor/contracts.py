@@ -1,0 +1,353 @@
+"""The nouns of tersor, and the records that its parts exchange. No algorithm lives here.
+
+Conventions, everywhere alike:
+
+* A weight is ``(out, in)``: ``y = x @ weight.T``. Layouts that differ (GPT-2's Conv1D) are turned on the way in.
+* The Gram matrix is ``H = mean over tokens of x xᵀ``, ``(in, in)``, float32, no factor 2.
+* The distortion of a layer is ``D = Σ_r g_r · e_r H e_rᵀ`` where ``e_r`` is row ``r`` of ``W − Ŵ`` and ``g`` are row
+  weights (1 where unknown).
+* Rates are exact: ``codec.bits(shape)`` is eight times the bytes that the layer's tensors take in the file.
+* Rows are independent given ``H``. Every side-information tensor of a leaf codec therefore has rows first, and a
+  solver may be run on any subset of rows; the result for a row does not depend on which others are present.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from tersor.errors import ShapeMismatch
+
+Shape = tuple[int, int]
+Side = Mapping[str, Tensor]
+"""Side information of a leaf: named tensors, rows first, float32, already on the grid of what will be stored."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stored tensor of an encoded layer; in the file it is called ``<layer>.<name>``."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        size = self.dtype.itemsize
+        for n in self.shape:
+            size *= n
+        return size
+
+
+class Codec(ABC):
+    """How a weight is represented: an immutable description that holds no weights.
+
+    A codec has a text form (``str(codec)``) that parses back to an equal object with
+    :func:`tersor.codecs.parse`.
+    """
+
+    @abstractmethod
+    def parts(self, shape: Shape) -> tuple[Part, ...]:
+        """The stored tensors for a weight ``(out, in)``. The first dimension of every part is ``out``.
+
+        Raises :class:`~tersor.errors.ShapeMismatch` when the shape cannot be taken.
+        """
+
+    @abstractmethod
+    def decode(self, tensors: Mapping[str, Tensor], shape: Shape) -> Tensor:
+        """Stored tensors back to a float32 weight ``(out, in)``.
+
+        Because all parts have rows first, decoding a tile of rows is decoding the same rows of every part.
+        """
+
+    def bits(self, shape: Shape) -> int:
+        """Exact size in bits of what is stored for a weight ``(out, in)``, side information included."""
+        return 8 * sum(part.nbytes for part in self.parts(shape))
+
+    def accepts(self, shape: Shape) -> bool:
+        """Whether :meth:`parts` would succeed."""
+        try:
+            self.parts(shape)
+        except ShapeMismatch:
+            return False
+        return True
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What a solver returns: integer codes and the side information to read them with.
+
+    ``codes``: ``(out, in / span)`` int32, one per span of input columns.
+    """
+
+    codes: Tensor
+    side: Side
+
+
+@dataclass(frozen=True)
+class ScalarGrid:
+    """The values one scalar column can take, for codecs whose rounding is 'nearest value of a sorted list'.
+
+    value = ``scale[r, g] * table[r or 0, code] `` with ``g = group_of[column]``. Solvers hand this to a compiled loop;
+    codecs that cannot be put so return None and are asked through :meth:`LeafCodec.round` instead.
+
+    ``table``: ``(rows or 1, levels)`` float32, ascending. ``uniform`` is ``(first, step)`` when the table is the
+    arithmetic progression ``first + step * code`` for every row, offset by ``zero``: then value =
+    ``scale[r, g] * (code - zero[r, g])`` and the table is not consulted.
+    """
+
+    scale: Tensor
+    zero: Tensor | None
+    table: Tensor | None
+    levels: int
+    group: int
+
+    def __post_init__(self) -> None:
+        if (self.zero is None) == (self.table is None):
+            raise ValueError("a scalar grid has either zeros (uniform) or a table, not both or neither")
+
+
+class LeafCodec(Codec):
+    """A codec with codes and side information, which any solver can drive.
+
+    A solver needs: :meth:`prepare` (side information before rounding), :meth:`round` (nearest representable values
+    of some columns), optionally :meth:`refit` (best side information for fixed codes) and :meth:`values`.
+    """
+
+    span: ClassVar[int] = 1
+    """Input columns that are rounded together: 1 for scalars, 8 for E8, 16 for a trellis tile."""
+
+    def segment(self, in_features: int) -> int:
+        """Columns whose side information depends on no other columns: the group size, or ``in_features``.
+
+        Error feedback prepares each segment anew when it arrives there, from the weights as earlier errors have
+        moved them; a codec whose side information spans the whole row is prepared once.
+        """
+        return in_features
+
+    @abstractmethod
+    def prepare(self, weight: Tensor, importance: Tensor | None = None) -> Side:
+        """Choose the side information for ``weight (rows, in)`` before any rounding.
+
+        ``importance (in,)``: relative cost of an error in each column. Pure; never changes its arguments.
+        """
+
+    def prepare_segment(self, side: Side, weight: Tensor, start: int, importance: Tensor | None = None) -> Side:
+        """Side information with the segment that begins at column ``start`` chosen anew for ``weight (rows, segment)``.
+
+        Default: unchanged.
+        """
+        return side
+
+    @abstractmethod
+    def round(self, target: Tensor, side: Side, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Nearest representable values for ``target (rows, len(columns))``.
+
+        ``columns``: int64 column numbers in the layer, in whole spans. Returns codes ``(rows, len(columns) / span)``
+        int32 and values like ``target``. Values already representable are returned unchanged. Pure.
+        """
+
+    @abstractmethod
+    def values(self, encoded: Encoded, in_features: int) -> Tensor:
+        """The float32 weight ``(rows, in)`` that these codes and side information stand for."""
+
+    def refit(self, weight: Tensor, encoded: Encoded, gram: Tensor) -> Side:
+        """Side information that lowers ``tr(E H Eᵀ)`` for fixed codes; default: unchanged."""
+        return encoded.side
+
+    def grid(self, side: Side, in_features: int) -> ScalarGrid | None:
+        """The scalar grid, when rounding is nearest-of-a-sorted-list; None otherwise."""
+        return None
+
+    @abstractmethod
+    def pack(self, encoded: Encoded, shape: Shape) -> dict[str, Tensor]:
+        """Codes and side information to the stored tensors that :meth:`parts` declares."""
+
+    @abstractmethod
+    def unpack(self, tensors: Mapping[str, Tensor], shape: Shape) -> Encoded:
+        """The inverse of :meth:`pack`."""
+
+    def decode(self, tensors: Mapping[str, Tensor], shape: Shape) -> Tensor:
+        return self.values(self.unpack(tensors, shape), shape[1])
+
+
+@dataclass(frozen=True)
+class Gram:
+    """Second moment of a layer's inputs.
+
+    ``matrix``: ``(in, in)`` float32, mean over tokens of ``x xᵀ``. ``tokens``: how many were averaged.
+    """
+
+    matrix: Tensor
+    tokens: int
+
+
+class Solver(ABC):
+    """How codes are chosen. A solver sees a codec only through :class:`LeafCodec`'s operations."""
+
+    needs_gram: ClassVar[bool] = True
+
+    def prepare(self, gram: Gram | None) -> Any:
+        """What depends on the Gram matrix alone; computed once and shared by all layers with the same input."""
+        return gram
+
+    @abstractmethod
+    def solve(self, weight: Tensor, codec: LeafCodec, prepared: Any) -> Encoded:
+        """Codes for ``weight (rows, in)`` float32. ``prepared`` is what :meth:`prepare` gave. Pure."""
+
+
+LayerKind = Literal["linear", "conv1d", "embedding", "experts"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weight matrix that may be encoded.
+
+    ``name``: module path, and the prefix of its tensors in the artifact. ``parameter``: full name of the parameter in
+    the instantiated model. ``shape``: ``(out, in)`` of one copy, always in ``y = x Wᵀ`` orientation. ``copies``: number
+    of stacked matrices (experts in one parameter), else 1. ``transposed``: the parameter is stored ``(in, out)``.
+    ``block``: index of the block it lives in, None outside. ``inputs``: key shared by all layers that read the very
+    same input (q/k/v; gate/up), hence share a Gram matrix. ``fused``: key of the group that engines fuse into one
+    matrix product, or None. ``tied``: other parameters that are this same tensor (a tied head).
+    """
+
+    name: str
+    parameter: str
+    kind: LayerKind
+    shape: Shape
+    block: int | None
+    inputs: str
+    copies: int = 1
+    transposed: bool = False
+    fused: str | None = None
+    tied: tuple[str, ...] = ()
+
+    @property
+    def stored_shape(self) -> Shape:
+        """``(copies * out, in)``: the shape codecs see when the copies are stacked."""
+        return (self.copies * self.shape[0], self.shape[1])
+
+    @property
+    def parameters(self) -> int:
+        return self.copies * self.shape[0] * self.shape[1]
+
+
+Fate = Literal["encoded", "kept", "tied", "dropped"]
+
+
+@dataclass(frozen=True)
+class TensorFate:
+    """What becomes of one tensor of the source, so that each is accounted for.
+
+    ``name``: as in the source file. ``target``: parameter in the instantiated model (several source tensors may make
+    one), or None when dropped. ``reason``: one phrase, mandatory for everything but plain encoding.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    fate: Fate
+    target: str | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What a model is made of, found from its structure and weight files.
+
+    ``blocks``: module paths of the ordered blocks. ``layers``: all encodable layers in the order of computation,
+    blocks first to last; embedding and head included. ``kept``: parameters (and persistent buffers) that stay as they
+    are, ``name -> (dtype, shape)`` as they will be stored. ``embedding`` / ``head``: layer names; the same name when
+    tied. ``notes``: what a user should know (unknown parts kept, and so on).
+    """
+
+    model_type: str
+    blocks: tuple[str, ...]
+    layers: tuple[Layer, ...]
+    kept: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+    tensors: tuple[TensorFate, ...]
+    embedding: str | None
+    head: str | None
+    source_bytes: int
+    notes: tuple[str, ...] = ()
+
+    def layers_of(self, block: int | None) -> tuple[Layer, ...]:
+        return tuple(layer for layer in self.layers if layer.block == block)
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights that will be stored, kept tensors included, tied ones once."""
+        kept = sum(torch.Size(shape).numel() for _, shape in self.kept.values())
+        return kept + sum(layer.parameters for layer in self.layers)
+
+
+@dataclass(frozen=True)
+class RatePoint:
+    """One choice for one layer.
+
+    ``nbytes``: exact cost in the file, header entries included. ``distortion``: expected increase of the objective
+    (nats of KL per token, when sensitivities are measured). ``choice``: the codec's text.
+    """
+
+    nbytes: int
+    distortion: float
+    choice: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A plan's line for one layer."""
+
+    codec: str
+    nbytes: int
+    distortion: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which codec each layer gets, with exact sizes. Serialises to a JSON file that a person can read and edit.
+
+    ``file_bytes``: exact size of all weight files, headers included. ``budget``: bytes asked for.
+    ``predicted``: sum of distortions.
+    """
+
+    layers: Mapping[str, Choice]
+    budget: int
+    file_bytes: int
+    predicted: float
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Allocator(ABC):
+    """Curves and a budget to a choice: a pure function."""
+
+    @abstractmethod
+    def allocate(self, curves: Mapping[str, Sequence[RatePoint]], budget: int) -> dict[str, RatePoint]:
+        """One point per key with total bytes <= ``budget``, least total distortion.
+
+        A key may stand for several layers that must share a choice. Raises
+        :class:`~tersor.errors.Infeasible`, naming the least possible budget.
+        """
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What was measured of a compressed model against its reference, per token, natural logarithms.
+
+    ``kl``: mean KL(reference ‖ compressed) in nats; ``kl_error``: its standard error, from sequence means.
+    ``perplexity`` and ``reference_perplexity`` on the same tokens; ``top1``: share of tokens whose most likely next
+    token agrees. ``tokens``, ``text``: how many and which.
+    """
+
+    kl: float
+    kl_error: float
+    perplexity: float
+    reference_perplexity: float
+    top1: float
+    tokens: int
+    text: str
