@@ -93,12 +93,12 @@ class Encoded:
 class ScalarGrid:
     """The values one scalar column can take, for codecs whose rounding is 'nearest value of a sorted list'.
 
-    value = ``scale[r, g] * table[r or 0, code] `` with ``g = group_of[column]``. Solvers hand this to a compiled loop;
-    codecs that cannot be put so return None and are asked through :meth:`LeafCodec.round` instead.
+    Either uniform, ``value = (code - zero[r, g]) * scale[r, g]``, or from a table,
+    ``value = table[r or 0, code] * scale[r, g]``, with ``g = column // group``. Solvers hand this to a compiled loop;
+    codecs that cannot be put so are asked through :meth:`LeafCodec.round` instead. Codes are positions in the sorted
+    list, ``0 .. levels - 1``.
 
-    ``table``: ``(rows or 1, levels)`` float32, ascending. ``uniform`` is ``(first, step)`` when the table is the
-    arithmetic progression ``first + step * code`` for every row, offset by ``zero``: then value =
-    ``scale[r, g] * (code - zero[r, g])`` and the table is not consulted.
+    ``scale``, ``zero``: ``(rows, in / group)`` float32. ``table``: ``(rows or 1, levels)`` float32, ascending.
     """
 
     scale: Tensor
@@ -199,6 +199,14 @@ class Solver(ABC):
     @abstractmethod
     def solve(self, weight: Tensor, codec: LeafCodec, prepared: Any) -> Encoded:
         """Codes for ``weight (rows, in)`` float32. ``prepared`` is what :meth:`prepare` gave. Pure."""
+
+
+class DirectCodec(Codec):
+    """A codec that no rounding solver drives: it chooses its own representation (kept floats, low-rank factors)."""
+
+    @abstractmethod
+    def encode(self, weight: Tensor, gram: Gram | None = None) -> dict[str, Tensor]:
+        """Stored tensors for ``weight (out, in)`` float32. Pure."""
 
 
 LayerKind = Literal["linear", "conv1d", "embedding", "experts"]

@@ -1,0 +1,143 @@
+"""What scalar codecs with one scale per group of input columns have in common."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tersor import kernels
+from tersor.codecs.packing import pack, packed_width, unpack
+from tersor.codecs.scales import ScaleFormat, pack_scales, scale_parts, storable, unpack_scales
+from tersor.contracts import Encoded, LeafCodec, Part, ScalarGrid, Shape, Side
+from tersor.errors import ShapeMismatch
+
+
+@dataclass(frozen=True)
+class GroupedScalar(LeafCodec):
+    """A scalar codec: ``bits`` a weight, and a scale for every ``group`` columns of a row (None: the whole row)."""
+
+    bits_per_code: int
+    group: int | None = 64
+    scales: ScaleFormat = "fp16"
+
+    def groups(self, in_features: int) -> int:
+        """How many groups a row has. Raises ShapeMismatch when the group does not divide it."""
+        if self.group is None:
+            return 1
+        if in_features % self.group:
+            fits = [g for g in (16, 24, 32, 48, 64, 96, 128, 192, 256) if in_features % g == 0]
+            ways = ", ".join(f"g{g}" for g in fits) if fits else "row"
+            raise ShapeMismatch(
+                f"Codec {self} cannot take a layer of {in_features} inputs: its group of {self.group} does not divide "
+                f"{in_features}; use {ways}."
+            )
+        return in_features // self.group
+
+    def parts(self, shape: Shape) -> tuple[Part, ...]:
+        rows, columns = shape
+        groups = self.groups(columns)
+        codes = Part("codes", torch.uint8, (rows, packed_width(columns, self.bits_per_code)))
+        return (codes, *scale_parts(rows, groups, self.scales))
+
+    def segment(self, in_features: int) -> int:
+        return self.group or in_features
+
+    @abstractmethod
+    def fit(self, weight: Tensor, importance: Tensor) -> dict[str, Tensor]:
+        """Unrounded side information ``(n,)`` for independent groups ``weight (n, group)``."""
+
+    @abstractmethod
+    def grid(self, side: Side, in_features: int) -> ScalarGrid: ...
+
+    def prepare(self, weight: Tensor, importance: Tensor | None = None) -> Side:
+        rows, columns = weight.shape
+        groups = self.groups(columns)
+        if importance is None:
+            spread = torch.ones(1, columns // groups)
+        else:
+            spread = importance.reshape(1, groups, -1).expand(rows, -1, -1).reshape(rows * groups, -1)
+        fitted = self.fit(weight.reshape(rows * groups, -1), spread)
+        side = {name: value.reshape(rows, groups) for name, value in fitted.items()}
+        return {**side, **storable(side["scale"], self.scales)}
+
+    def prepare_segment(self, side: Side, weight: Tensor, start: int, importance: Tensor | None = None) -> Side:
+        at = start // weight.shape[1]
+        spread = torch.ones(1, weight.shape[1]) if importance is None else importance[None, :]
+        fitted = self.fit(weight, spread)
+        kept = storable(fitted["scale"][:, None], self.scales, side.get("super"))
+        fresh = {name: tensor.clone() for name, tensor in side.items() if name != "super"}
+        for name, tensor in fresh.items():
+            tensor[:, at] = kept["scale"][:, 0] if name == "scale" else fitted[name]
+        return {**fresh, **({"super": side["super"]} if "super" in side else {})}
+
+    def round(self, target: Tensor, side: Side, columns: Tensor) -> tuple[Tensor, Tensor]:
+        groups = side["scale"].shape[1]
+        in_features = groups * self.group if self.group else int(columns.max()) + 1
+        return kernels.nearest(target, self.grid(side, in_features), columns)
+
+    def values(self, encoded: Encoded, in_features: int) -> Tensor:
+        grid = self.grid(encoded.side, in_features)
+        rows = encoded.codes.shape[0]
+        codes = encoded.codes.reshape(rows, grid.scale.shape[1], -1)
+        if grid.zero is not None:
+            weight = (codes.to(torch.float32) - grid.zero[:, :, None]) * grid.scale[:, :, None]
+        else:
+            assert grid.table is not None
+            weight = grid.table[0][codes.long()] * grid.scale[:, :, None]
+        return weight.reshape(rows, in_features)
+
+    def refit(self, weight: Tensor, encoded: Encoded, gram: Tensor) -> Side:
+        """Exact least squares for the scales of each row, under ``tr(E H Eᵀ)``, codes fixed (arXiv:2404.12759, §3.3).
+
+        With ``q_g`` the row's unscaled values in group ``g``, solves ``A s = b``, ``A_gh = q_gᵀ H q_h``,
+        ``b_g = q_gᵀ H w``. A row keeps its old scales where the stored new ones are not better.
+        """
+        rows, columns = weight.shape
+        side = dict(encoded.side)
+        grid = self.grid(side, columns)
+        groups = grid.scale.shape[1]
+        unit = self.values(Encoded(encoded.codes, {**side, "scale": torch.ones_like(side["scale"])}), columns)
+        blocks = unit.reshape(rows, groups, -1)
+        normal = torch.empty(rows, groups, groups)
+        width = columns // groups
+        for g in range(groups):
+            spread = blocks[:, g] @ gram[g * width : (g + 1) * width]
+            normal[:, g] = (spread.reshape(rows, groups, width) * blocks).sum(2)
+        right = ((weight @ gram).reshape(rows, groups, width) * blocks).sum(2)
+        normal.diagonal(dim1=1, dim2=2).add_(1e-6 * normal.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-30)
+        solution, failed = torch.linalg.solve_ex(normal, right)
+        usable = (failed == 0)[:, None] & torch.isfinite(solution) & (solution > 0)
+        stored = storable(torch.where(usable, solution, side["scale"]), self.scales)
+        old, new = side["scale"], stored["scale"]
+
+        def loss(scale: Tensor) -> Tensor:
+            return ((scale[:, None] @ normal).squeeze(1) * scale).sum(1) - 2 * (right * scale).sum(1)
+
+        better = (loss(new) < loss(old))[:, None]
+        return {name: torch.where(better, stored.get(name, tensor), tensor) for name, tensor in side.items()}
+
+    def to_stored(self, codes: Tensor) -> Tensor:
+        """Positions in the sorted list to the codes in the file; the same unless a codec says otherwise."""
+        return codes
+
+    def from_stored(self, codes: Tensor) -> Tensor:
+        """The inverse of :meth:`to_stored`."""
+        return codes
+
+    def pack(self, encoded: Encoded, shape: Shape) -> dict[str, Tensor]:
+        self.parts(shape)
+        codes = pack(self.to_stored(encoded.codes), self.bits_per_code)
+        return {"codes": codes, **pack_scales(encoded.side, self.scales)}
+
+    def unpack(self, tensors: Mapping[str, Tensor], shape: Shape) -> Encoded:
+        codes = self.from_stored(unpack(tensors["codes"], self.bits_per_code, shape[1]))
+        return Encoded(codes, unpack_scales(tensors, self.scales))
+
+    def suffix(self) -> str:
+        """The group and scale format, as the text form has them."""
+        group = "row" if self.group is None else f"g{self.group}"
+        return group if self.scales == "fp16" else f"{group}:{self.scales}"

@@ -1,0 +1,113 @@
+"""Plain torch versions of the compiled loops: their specification, and what runs where nothing was compiled."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tersor.contracts import ScalarGrid
+
+
+def nearest(target: Tensor, grid: ScalarGrid, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Nearest values of a scalar grid.
+
+    ``target``: ``(rows, n)`` float32; ``columns``: ``(n,)`` int64 column numbers. Returns codes ``(rows, n)`` int32 and
+    values float32. Ties go to the even code on uniform grids, to the lower code on tables.
+    """
+    group = columns // grid.group
+    scale = grid.scale[:, group]
+    if grid.zero is not None:
+        zero = grid.zero[:, group]
+        codes = torch.round(target / scale + zero).clamp_(0, grid.levels - 1)
+        return codes.to(torch.int32), (codes - zero) * scale
+    table = grid.table
+    assert table is not None
+    scaled = (target / scale).contiguous()
+    middles = (table[:, :-1] + table[:, 1:]) * 0.5
+    if table.shape[0] == 1:
+        index = torch.bucketize(scaled, middles[0].contiguous())
+        values = table[0][index]
+    else:
+        index = torch.searchsorted(middles.contiguous(), scaled)
+        values = torch.gather(table, 1, index)
+    return index.to(torch.int32), values * scale
+
+
+def sequential_round(
+    target: Tensor, reference: Tensor, mixing: Tensor, grid: ScalarGrid, columns: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Round columns left to right, letting each one's change move the targets of those to its right.
+
+    After column ``j`` is rounded to ``v_j``, every later target becomes ``t_k += (v_j - reference_j) * mixing[j, k]``.
+
+    ``target``, ``reference``: ``(rows, n)`` float32, left as they are; ``mixing``: ``(n, n)`` float32, only its strict
+    upper triangle is read; ``columns``: ``(n,)`` int64. Returns codes int32, values, and the targets as they stood when
+    each column was rounded, all ``(rows, n)``.
+    """
+    moved = target.clone()
+    codes = torch.empty(target.shape, dtype=torch.int32)
+    values = torch.empty_like(target)
+    n = target.shape[1]
+    for j in range(n):
+        code, value = nearest(moved[:, j : j + 1], grid, columns[j : j + 1])
+        codes[:, j], values[:, j] = code[:, 0], value[:, 0]
+        change = value - reference[:, j : j + 1]
+        moved[:, j + 1 :] += change * mixing[j, j + 1 :]
+    return codes, values, moved
+
+
+def fit_uniform(
+    weight: Tensor, importance: Tensor, *, levels: int, asymmetric: bool, shrinks: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero of a uniform grid for each row of ``weight (n, group)``: the best of a clip search.
+
+    Minimises ``Σ importance · (w − ŵ)²`` over the clip ratios ``shrinks (s,)``; symmetric grids are mid-rise (zero at
+    ``(levels − 1) / 2``), asymmetric ones have an integer zero in ``[0, levels − 1]`` and always cover 0. ``importance``:
+    ``(n, group)`` or ``(1, group)``. Returns ``scale (n,)`` > 0 and ``zero (n,)`` float32.
+    """
+    tiny = torch.tensor(2.0**-24)
+    top = float(levels - 1)
+    if asymmetric:
+        low, high = weight.amin(1).clamp(max=0.0), weight.amax(1).clamp(min=0.0)
+    else:
+        high = weight.abs().amax(1)
+        low = -high
+    best_scale = torch.zeros_like(high)
+    best_zero = torch.zeros_like(high)
+    best = torch.full_like(high, torch.inf)
+    for shrink in shrinks:
+        scale = torch.maximum((high - low) * shrink / top, tiny)
+        if asymmetric:
+            zero = torch.round(-(low * shrink) / scale).clamp_(0, top)
+        else:
+            zero = torch.full_like(scale, top / 2)
+        codes = torch.round(weight / scale[:, None] + zero[:, None]).clamp_(0, top)
+        error = weight - (codes - zero[:, None]) * scale[:, None]
+        loss = (importance * error * error).sum(1)
+        better = loss < best
+        best = torch.where(better, loss, best)
+        best_scale = torch.where(better, scale, best_scale)
+        best_zero = torch.where(better, zero, best_zero)
+    return best_scale, best_zero
+
+
+def fit_table(weight: Tensor, importance: Tensor, *, table: Tensor, shrinks: Tensor) -> Tensor:
+    """Scale for each row of ``weight (n, group)`` on a shared ascending ``table (levels,)``: best of a clip search.
+
+    Minimises ``Σ importance · (w − s · nearest(w / s))²``. Returns ``scale (n,)`` > 0.
+    """
+    tiny = torch.tensor(2.0**-24)
+    reach = table.abs().max()
+    high = weight.abs().amax(1)
+    middles = (table[:-1] + table[1:]) * 0.5
+    best_scale = torch.zeros_like(high)
+    best = torch.full_like(high, torch.inf)
+    for shrink in shrinks:
+        scale = torch.maximum(high * shrink / reach, tiny)
+        values = table[torch.bucketize(weight / scale[:, None], middles)] * scale[:, None]
+        error = weight - values
+        loss = (importance * error * error).sum(1)
+        better = loss < best
+        best = torch.where(better, loss, best)
+        best_scale = torch.where(better, scale, best_scale)
+    return best_scale

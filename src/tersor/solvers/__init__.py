@@ -1,0 +1,7 @@
+"""How codes are chosen. A solver asks a codec for nearest values and never learns which codec it holds."""
+
+from tersor.solvers.coordinate import CoordinateDescent
+from tersor.solvers.feedback import ErrorFeedback
+from tersor.solvers.nearest import Nearest
+
+__all__ = ["CoordinateDescent", "ErrorFeedback", "Nearest"]

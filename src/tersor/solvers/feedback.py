@@ -1,0 +1,140 @@
+"""Error feedback: GPTQ (arXiv:2210.17323), which is LDLQ (arXiv:2307.13304) and Babai's nearest plane (2507.18553).
+
+With ``H = R Rᵀ``, ``R`` upper triangular, the distortion of a row with error ``e = w − v`` is
+``Σ_j (Σ_{k≤j} e_k R_kj)²``. Rounding columns left to right towards ``t_j = w_j + Σ_{k<j} (w_k − v_k) R_kj / R_jj``
+makes term ``j`` equal to ``R_jj² (t_j − v_j)²``: each column's rounding error counts with its pivot ``R_jj²`` alone.
+No inverse of ``H`` is needed, only this one Cholesky factor.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tersor.contracts import Encoded, Gram, LeafCodec, Solver
+from tersor.errors import NotPositiveDefinite
+from tersor.solvers.sequential import sequential_round
+
+_log = logging.getLogger(__name__)
+_MOST_DAMPING = 1.0
+
+
+@dataclass(frozen=True)
+class FeedbackFactor:
+    """What error feedback needs of a Gram matrix, all float32, columns in the order of rounding.
+
+    ``mixing (in, in)``: ``−R_jk / R_kk`` above the diagonal, 0 elsewhere. ``pivots (in,)``: ``R_jj²``.
+    ``order (in,)``: column numbers. ``gram (in, in)``: ``H`` in the layer's own order. ``damping``: what was added to
+    the diagonal, as a fraction of its mean. ``natural``: the order is left to right.
+    """
+
+    mixing: Tensor
+    pivots: Tensor
+    order: Tensor
+    gram: Tensor
+    damping: float
+    natural: bool
+
+
+def factor(gram: Tensor, *, damping: float, order: Tensor, natural: bool) -> FeedbackFactor:
+    """Factor ``gram (in, in)`` for rounding in ``order``.
+
+    The factorization is done in float64: Gram matrices of real layers have condition numbers around 1e6 to 1e8 even
+    when damped, beyond what float32 can factor. Damping is raised tenfold, with a warning, while it fails; above
+    100 % of the mean diagonal :class:`~tersor.errors.NotPositiveDefinite` is raised. Dead inputs (zero diagonal) are
+    taken as unit ones that interact with nothing.
+    """
+    matrix = gram.double()
+    diagonal = matrix.diagonal()
+    mean = float(diagonal.mean())
+    if not mean > 0:
+        matrix, mean = torch.eye(len(matrix), dtype=torch.float64), 1.0
+    dead = matrix.diagonal() <= 0
+    flip = order.flip(0)
+    turned = matrix[flip][:, flip]
+    used = damping
+    while True:
+        damped = turned.clone()
+        damped.diagonal().add_(used * mean + dead[flip] * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if int(failed) == 0:
+            break
+        used = max(used * 10, 1e-4)
+        if used > _MOST_DAMPING:
+            raise NotPositiveDefinite(
+                f"The Gram matrix of {len(matrix)} inputs could not be factored even with {_MOST_DAMPING:.0%} damping; "
+                f"give more calibration text, or use the solver 'nearest'."
+            )
+        _log.warning("Gram matrix of %d inputs is not positive definite: damping raised to %g", len(matrix), used)
+    # Flipping the lower factor of the flipped matrix gives the upper factor R of H = R Rᵀ.
+    upper = lower.flip(0).flip(1)
+    pivots = upper.diagonal()
+    mixing = torch.triu(-upper / pivots[None, :], 1)
+    return FeedbackFactor(mixing.float(), (pivots * pivots).float(), order, gram, used, natural)
+
+
+@dataclass(frozen=True)
+class ErrorFeedback(Solver):
+    """Round columns in order, pushing each error onto the columns still to come.
+
+    ``damping``: added to the Gram diagonal, as a fraction of its mean. ``order``: ``natural`` lets group scales be
+    chosen when their group is reached, from weights as moved so far; ``activation`` rounds columns with the largest
+    ``H_jj`` first, with scales chosen beforehand. ``block``: columns between two updates of all the rest (a matrix
+    product each). ``refit``: finish with the codec's best side information for the codes found.
+    """
+
+    damping: float = 0.01
+    order: Literal["natural", "activation"] = "natural"
+    block: int = 64
+    refit: bool = True
+
+    def prepare(self, gram: Gram | None) -> FeedbackFactor:
+        assert gram is not None
+        matrix = gram.matrix
+        natural = self.order == "natural"
+        order = torch.arange(len(matrix)) if natural else torch.argsort(matrix.diagonal(), descending=True, stable=True)
+        return factor(matrix, damping=self.damping, order=order, natural=natural)
+
+    def solve(self, weight: Tensor, codec: LeafCodec, prepared: FeedbackFactor) -> Encoded:
+        columns = weight.shape[1]
+        pivots = torch.empty_like(prepared.pivots)
+        pivots[prepared.order] = prepared.pivots
+        side = codec.prepare(weight, pivots)
+        segment = codec.segment(columns)
+        moving = prepared.natural and segment < columns
+        step = segment if moving else _whole_spans(self.block, codec.span)
+        reference = weight[:, prepared.order]
+        target = reference.clone()
+        codes = torch.empty(weight.shape[0], columns // codec.span, dtype=torch.int32)
+        for start in range(0, columns, step):
+            here = slice(start, min(start + step, columns))
+            if moving:
+                side = codec.prepare_segment(side, target[:, here].contiguous(), start, prepared.pivots[here])
+            block_codes, values = sequential_round(
+                codec,
+                side,
+                target[:, here].contiguous(),
+                reference=reference[:, here].contiguous(),
+                mixing=prepared.mixing[here, here].contiguous(),
+                columns=prepared.order[here],
+                in_features=columns,
+            )
+            codes[:, here.start // codec.span : -(-here.stop // codec.span)] = block_codes
+            target[:, here.stop :] += (values - reference[:, here]) @ prepared.mixing[here, here.stop :]
+        encoded = Encoded(_restore(codes, prepared.order, codec.span), side)
+        return Encoded(encoded.codes, codec.refit(weight, encoded, prepared.gram)) if self.refit else encoded
+
+
+def _whole_spans(block: int, span: int) -> int:
+    return max(block // span, 1) * span
+
+
+def _restore(codes: Tensor, order: Tensor, span: int) -> Tensor:
+    """Codes from the order of rounding back to the order of the layer's columns."""
+    restored = torch.empty_like(codes)
+    restored[:, order[::span] // span] = codes
+    return restored
