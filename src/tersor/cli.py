@@ -1,0 +1,239 @@
+"""The command line: each command is one call of :mod:`tersor.api`, its options, and how its answer is shown."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tersor.errors import TersorError
+
+app = typer.Typer(
+    name="tersor",
+    help="A rate-distortion compiler for neural networks: the best model that fits a given number of bytes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(help="Model: a folder, a .gguf file, a hub id, or 'demo'.")]
+Size = Annotated[str | None, typer.Option(help="Budget for all weight files: 60MB, 1.5GiB, bytes, or 25% of the source.")]
+Memory = Annotated[str | None, typer.Option(help="Budget for the weights in memory while running, written like --size.")]
+Bpw = Annotated[float | None, typer.Option(help="Budget in bits per weight, embeddings, head and headers included.")]
+Text = Annotated[
+    str | None, typer.Option(help="Calibration text: .txt, .jsonl, .parquet or a hub data set. Default: sampled.")
+]
+EvalText = Annotated[str | None, typer.Option(help="Text to measure quality on. Default: held out from --text.")]
+Field = Annotated[str | None, typer.Option("--text-field", help="Field of .jsonl, .parquet or data set rows.")]
+Split = Annotated[str, typer.Option("--text-split", help="Split of a hub data set.")]
+Sequences = Annotated[int, typer.Option(help="Calibration sequences.")]
+Length = Annotated[int, typer.Option(help="Tokens per sequence.")]
+EvalSequences = Annotated[int, typer.Option(help="Sequences that quality is measured on.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn by chance.")]
+Candidates = Annotated[
+    str | None, typer.Option(help="Codecs to choose from, comma-separated, such as int3:g64,int4:g64,bf16.")
+]
+SolverName = Annotated[str, typer.Option("--solver", help="coordinate, feedback or nearest.")]
+Sensitivity = Annotated[str, typer.Option(help="fisher (one backward pass) or flat (all layers alike).")]
+AllocatorName = Annotated[str, typer.Option("--allocator", help="exact or lagrangian.")]
+Propagate = Annotated[bool, typer.Option(help="Fit each block to the outputs of the compressed blocks before it.")]
+ShareFused = Annotated[bool, typer.Option(help="Give layers that engines fuse (q/k/v, gate/up) the same codec.")]
+Dtype = Annotated[str, typer.Option(help="Arithmetic of the model's own passes: bfloat16 or float32.")]
+Workers = Annotated[int | None, typer.Option(help="Threads. Does not change the result. Default: all processors.")]
+MaxMemory = Annotated[str | None, typer.Option(help="Cap on resident memory above the interpreter's own, such as 4GB.")]
+Trust = Annotated[bool, typer.Option(help="Allow code that comes with the model to run.")]
+Revision = Annotated[str | None, typer.Option(help="Revision of a hub model.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+
+
+def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise TersorError(f"--{name} {value!r} is unknown; use {', '.join(allowed)}.")
+
+
+def _settings(values: dict[str, Any]) -> dict[str, Any]:
+    """Options of a command, out of its local variables, as the API takes them."""
+    _choice("solver", values["solver"], ("coordinate", "feedback", "nearest"))
+    _choice("sensitivity", values["sensitivity"], ("fisher", "flat"))
+    _choice("allocator", values["allocator"], ("exact", "lagrangian"))
+    _choice("dtype", values["dtype"], ("bfloat16", "float32"))
+    named = values.pop("candidates")
+    values["candidates"] = None if named is None else tuple(part.strip() for part in named.split(",") if part.strip())
+    return values
+
+
+@app.command()
+def plan(
+    model: Model,
+    size: Size = None,
+    memory: Memory = None,
+    bpw: Bpw = None,
+    fast: Annotated[bool, typer.Option("--fast", help="From the weights alone, in seconds, without calibration.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan here, to edit and feed back.")] = None,
+    text: Text = None,
+    text_field: Field = None,
+    text_split: Split = "train",
+    sequences: Sequences = 64,
+    length: Length = 256,
+    seed: Seed = 0,
+    candidates: Candidates = None,
+    solver: SolverName = "coordinate",
+    sensitivity: Sensitivity = "fisher",
+    allocator: AllocatorName = "exact",
+    share_fused: ShareFused = False,
+    dtype: Dtype = "bfloat16",
+    workers: Workers = None,
+    max_memory: MaxMemory = None,
+    trust_remote_code: Trust = False,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Choose codecs within a budget; show exact sizes and the cost of the run. Encodes nothing."""
+    values = dict(locals())
+    for name in ("model", "fast", "output", "as_json"):
+        values.pop(name)
+    from tersor import api, show
+    from tersor.artifact import plan_to_json
+
+    with show.progress() as progress:
+        planned = api.plan(model, fast=fast, progress=progress, **_settings(values))
+    if output is not None:
+        output.write_text(plan_to_json(planned.plan))
+    show.emit(as_json, lambda: show.plan_data(planned), lambda: show.plan_table(planned, output))
+
+
+@app.command()
+def compress(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    size: Size = None,
+    memory: Memory = None,
+    bpw: Bpw = None,
+    plan: Annotated[Path | None, typer.Option(help="Follow this plan, as written by `tersor plan` or edited.")] = None,
+    text: Text = None,
+    text_field: Field = None,
+    text_split: Split = "train",
+    sequences: Sequences = 64,
+    length: Length = 256,
+    eval_text: EvalText = None,
+    eval_sequences: EvalSequences = 16,
+    samples: Annotated[int, typer.Option(help="Prompts continued before and after, for the report (0 to 2).")] = 2,
+    seed: Seed = 0,
+    candidates: Candidates = None,
+    solver: SolverName = "coordinate",
+    sensitivity: Sensitivity = "fisher",
+    allocator: AllocatorName = "exact",
+    propagate: Propagate = True,
+    share_fused: ShareFused = False,
+    dtype: Dtype = "bfloat16",
+    workers: Workers = None,
+    max_memory: MaxMemory = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Throw an interrupted run's work away.")] = False,
+    trust_remote_code: Trust = False,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Compress a model within a budget, verify the result and measure it. Continues an interrupted run."""
+    values = dict(locals())
+    for name in ("model", "output", "plan", "overwrite", "restart", "as_json"):
+        values.pop(name)
+    from tersor import api, show
+
+    with show.progress() as progress:
+        result = api.compress(
+            model,
+            output,
+            plan=plan,
+            overwrite=overwrite,
+            restart=restart,
+            progress=progress,
+            command=shlex.join(["tersor", *sys.argv[1:]]),
+            **_settings(values),
+        )
+    show.emit(as_json, lambda: show.result_data(result), lambda: show.result_table(result))
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="An artifact, or any model folder of the same structure.")],
+    against: Annotated[str | None, typer.Option(help="The reference. Default: the artifact's source.")] = None,
+    text: Text = None,
+    text_field: Field = None,
+    text_split: Split = "train",
+    sequences: Sequences = 32,
+    length: Length = 256,
+    seed: Seed = 1,
+    dtype: Dtype = "bfloat16",
+    workers: Workers = None,
+    as_json: Json = False,
+) -> None:
+    """Measure KL, perplexity and agreement against the reference."""
+    from tersor import api, show
+
+    _choice("dtype", dtype, ("bfloat16", "float32"))
+    with show.progress() as progress:
+        quality = api.evaluate(
+            model,
+            against=against,
+            progress=progress,
+            text=text,
+            text_field=text_field,
+            text_split=text_split,
+            sequences=sequences,
+            length=length,
+            seed=seed,
+            dtype=dtype,
+            workers=workers,
+        )
+    show.emit(as_json, lambda: show.quality_data(quality), lambda: show.quality_table(quality))
+
+
+@app.command()
+def inspect(model: Model, as_json: Json = False) -> None:
+    """Show an artifact's contents, or a model's layers and how hard each is to compress."""
+    from tersor import api, show
+
+    with show.progress() as progress:
+        found = api.inspect(model, progress=progress)
+    show.emit(as_json, lambda: show.inspection_data(found), lambda: show.inspection_table(found))
+
+
+@app.command()
+def run(
+    artifact: Annotated[str, typer.Argument(help="An artifact folder.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue; a chat model gets it as a user's turn.")],
+    tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token every time.")] = 0.0,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Generate text with an artifact."""
+    from tersor import api, show
+
+    shown: Callable[[str], None] | None = None if as_json else show.stream
+    text = api.generate(artifact, prompt, tokens=tokens, temperature=temperature, seed=seed, on_text=shown)
+    if as_json:
+        sys.stdout.write(json.dumps({"prompt": prompt, "text": text}) + "\n")
+
+
+def main() -> None:
+    """Entry point: deliberate errors become one sentence on standard error and exit code 2."""
+    try:
+        app()
+    except TersorError as error:
+        sys.stderr.write(f"tersor: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("tersor: stopped; the same command continues where it was.\n")
+        sys.exit(130)
+    except OSError as error:
+        # A full or failing disk, a folder without permission: the system's own sentence, and where.
+        where = f" ({error.filename})" if error.filename else ""
+        sys.stderr.write(f"tersor: {error.strerror or error}{where}; mend that and run the same command again.\n")
+        sys.exit(2)

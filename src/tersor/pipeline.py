@@ -1,0 +1,346 @@
+"""The main job, in order: source → anatomy → text → sensitivity → curves → plan → encode → verify → report → artifact.
+
+The only place that knows the order. Each stage is a function of :mod:`tersor.stages` that keeps what it finished, so a
+killed run repeats none of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tersor.anatomy import Source, WeightLoader, analyse, cache_folder, open_source, skeleton
+from tersor.artifact import (
+    ArtifactWriter,
+    partial_path,
+    plan_to_json,
+    publish,
+    validate_plan,
+)
+from tersor.codecs import parse
+from tersor.contracts import Anatomy, Codec, Plan, Quality
+from tersor.errors import BadInput, VerificationFailed
+from tersor.stages import curves as curve_stage
+from tersor.stages import finish
+from tersor.stages import report as report_stage
+from tersor.stages.allocate import Costs, artifact_layout, budget_bytes, check_feasible, make_plan
+from tersor.stages.context import Context, Progress, silent
+from tersor.stages.encode import encode_model
+from tersor.stages.estimate import Estimate, choose_workers, chunk_sequences, estimate
+from tersor.stages.fast import fast_curves
+from tersor.stages.options import Budget, Options
+from tersor.stages.sensitivity import measure_sensitivity
+from tersor.stages.text import Texts, prepare_texts
+from tersor.stages.work import Work
+from tersor.version import __version__
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What ``tersor plan`` shows. ``least``: the smallest budget that would have worked, bytes."""
+
+    plan: Plan
+    anatomy: Anatomy
+    estimate: Estimate
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished artifact, and what was measured of it. ``peak_memory``: resident bytes above the baseline."""
+
+    folder: Path
+    plan: Plan
+    quality: Quality
+    seconds: float
+    peak_memory: int
+    bits_per_weight: float
+    sample: tuple[str, str] | None
+    notes: tuple[str, ...]
+    resumed: bool = False
+
+
+@dataclass
+class Clock:
+    """Wall time by stage, and the resident memory the run began with."""
+
+    began: float = field(default_factory=time.perf_counter)
+    stages: dict[str, float] = field(default_factory=dict)
+    baseline: int = field(default_factory=finish.resident_bytes)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.stages[name] = self.stages.get(name, 0.0) + time.perf_counter() - start
+
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Torch with one thread per operation: parallelism comes from workers on pieces of fixed size.
+
+    An operation's result can depend on how many threads share it; a piece's result cannot depend on who computes it.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def examine(model: str | Path | nn.Module, options: Options, *, cache_dir: Path | None = None) -> tuple[Source, nn.Module, Anatomy]:
+    """A model's source, its skeleton on the meta device, and its anatomy. Loads no weights."""
+    source = open_source(
+        model, cache_dir=cache_dir, revision=options.revision, trust_remote_code=options.trust_remote_code
+    )
+    body = skeleton(source)
+    return source, body, analyse(source, body)
+
+
+def light_context(
+    model: str | Path | nn.Module, options: Options, *, progress: Progress = silent, cache_dir: Path | None = None
+) -> Context:
+    """A context for looking at weights only; its work folder is never written."""
+    source, body, anatomy = examine(model, options, cache_dir=cache_dir)
+    workers = options.workers or available_workers()
+    return _context(source, body, anatomy, options, Work(cache_folder(cache_dir) / "none"), workers, progress)
+
+
+def available_workers() -> int:
+    """Processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def plan(
+    model: str | Path | nn.Module,
+    options: Options,
+    *,
+    fast: bool = False,
+    work_folder: Path | None = None,
+    progress: Progress = silent,
+    cache_dir: Path | None = None,
+) -> Planned:
+    """Choose codecs within the budget and say what the run will cost, without encoding anything.
+
+    ``fast``: from the weights alone, in seconds: no text, no statistics, every layer's relative error counted alike.
+    ``work_folder``: where to keep finished work if it is killed (default: in the cache, by model and options).
+    """
+    budget = _needs_budget(options)
+    source, body, anatomy = examine(model, options, cache_dir=cache_dir)
+    target = budget_bytes(anatomy, budget)
+    workers = choose_workers(anatomy, options, available_workers())
+    cache = cache_folder(cache_dir)
+    key = hashlib.sha256(json.dumps([source.fingerprint(), options.identity()]).encode()).hexdigest()[:16]
+    work = Work(work_folder or cache / "plans" / key)
+    context = _context(source, body, anatomy, options, work, workers, progress)
+    check_feasible(anatomy, target, {layer.name: curve_stage.layer_candidates(context, layer) for layer in anatomy.layers})
+    notes: tuple[str, ...] = anatomy.notes
+    with one_thread_each():
+        if fast:
+            records = fast_curves(context)
+        else:
+            work.begin(_identity(context, None))
+            texts = prepare_texts(source, options, cache=cache, workers=workers, progress=progress)
+            notes += texts.calibration.notes + _measure(context, texts, points=True)
+            records = curve_stage.load_records(context)
+    costs = Costs(anatomy, target)
+    made = make_plan(anatomy, curve_stage.rate_points(context, records, costs.layer), target, options)
+    if not fast:
+        shutil.rmtree(work.folder.parent.parent, ignore_errors=True)
+    made = replace(made, options={"measured": not fast, "budget": str(budget)})
+    return Planned(made, anatomy, estimate(anatomy, options, workers, made.file_bytes), notes)
+
+
+def compress(
+    model: str | Path | nn.Module,
+    output: str | Path,
+    options: Options,
+    *,
+    given: Plan | None = None,
+    overwrite: bool = False,
+    restart: bool = False,
+    progress: Progress = silent,
+    cache_dir: Path | None = None,
+    command: str = "",
+) -> Result:
+    """Compress a model into the artifact folder ``output``, within the budget, and prove it.
+
+    ``given``: a plan to follow instead of making one. ``overwrite``: replace an existing output. ``restart``: throw an
+    interrupted run's work away. Runs again after a crash, the same call continues where it stopped and ends with the
+    same bytes. Raises a :class:`~tersor.errors.TersorError` with one clear sentence for anything that cannot be done.
+    """
+    clock = Clock()
+    output = Path(output)
+    partial = _claim(output, overwrite=overwrite, restart=restart)
+    fresh = not partial.exists()
+    try:
+        with clock.stage("open"):
+            source, body, anatomy = examine(model, options, cache_dir=cache_dir)
+        workers = choose_workers(anatomy, options, available_workers())
+        context = _context(source, body, anatomy, options, Work(partial), workers, progress)
+        target = _target(context, given)
+        context.work.begin(_identity(context, given))
+        with one_thread_each():
+            result = _run(context, target, given, clock, cache_folder(cache_dir), output, command)
+    except BaseException:
+        # A run that failed before it did any work leaves nothing behind.
+        if fresh and not (partial / ".state" / "work" / "texts.json").exists():
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    publish(partial, output, replace=overwrite)
+    return result
+
+
+def _run(
+    context: Context, target: int, given: Plan | None, clock: Clock, cache: Path, output: Path, command: str
+) -> Result:
+    """All stages after the source is open, up to an artifact that is complete but not yet in its place."""
+    work, anatomy, options = context.work, context.anatomy, context.options
+    resumed = work.has("texts.json")
+    with clock.stage("text"):
+        texts = prepare_texts(context.source, options, cache=cache, workers=context.workers, progress=context.progress)
+        work.save("texts.json", {"calibration": texts.calibration.digest(), "evaluation": texts.evaluation.digest()})
+    with clock.stage("statistics"):
+        notes = texts.calibration.notes + _measure(context, texts, points=given is None)
+    with clock.stage("plan"):
+        made, codecs = _plan(context, target, given)
+        (work.folder.parent.parent / "plan.json").write_text(plan_to_json(made))
+    with clock.stage("encode"):
+        fingerprint = {
+            "model": context.source.fingerprint(),
+            "plan": hashlib.sha256(plan_to_json(made).encode()).hexdigest(),
+            "text": texts.calibration.digest(),
+            "version": __version__,
+        }
+        folder = work.folder.parent.parent
+        with ArtifactWriter(folder, artifact_layout(anatomy, codecs), fingerprint) as writer:
+            encode_model(context, codecs, writer, texts.calibration.ids)
+            units = {layer.name: dict(writer.record(layer.name)) for layer in anatomy.layers}
+            writer.finish()
+    with clock.stage("verify"):
+        finish.write_folder(context, folder, made, codecs, units, texts)
+        quality = finish.verify(context, folder, made, texts)
+    with clock.stage("samples"):
+        samples = finish.samples(context, folder)
+    notes += tuple(note for unit in units.values() for note in unit["notes"])
+    peak = max(finish.peak_resident_bytes() - clock.baseline, 0)
+    report_stage.write(
+        context,
+        report_stage.Findings(made, units, texts, quality, samples, notes, clock.stages, peak, command),
+        output,
+    )
+    return Result(
+        folder=output,
+        plan=made,
+        quality=quality,
+        seconds=time.perf_counter() - clock.began,
+        peak_memory=peak,
+        bits_per_weight=8 * made.file_bytes / anatomy.parameters,
+        sample=(samples[0][0], samples[0][2]) if samples else None,
+        notes=notes,
+        resumed=resumed,
+    )
+
+
+def _measure(context: Context, texts: Texts, *, points: bool) -> tuple[str, ...]:
+    """Sensitivities, Gram matrices and, if wanted, rate–distortion points; returns notes for the user."""
+    ids = texts.calibration.ids
+    if context.options.sensitivity == "fisher":
+        measure_sensitivity(context, ids)
+    curve_stage.measure_curves(context, ids, points=points)
+    return curve_stage.calibration_notes(curve_stage.load_records(context)) if points else ()
+
+
+def _plan(context: Context, target: int, given: Plan | None) -> tuple[Plan, Mapping[str, Codec]]:
+    """The plan to follow, exact sizes included, and its codecs. Raises when a given plan does not fit its budget."""
+    anatomy = context.anatomy
+    if given is None:
+        costs = Costs(anatomy, target)
+        records = curve_stage.load_records(context)
+        curves = curve_stage.rate_points(context, records, costs.layer)
+        made = make_plan(anatomy, curves, target, context.options)
+        if made.file_bytes > target:
+            raise VerificationFailed(
+                f"The plan takes {made.file_bytes:,} bytes, more than the budget of {target:,}: a size was mispredicted; "
+                f"please report this."
+            )
+        return made, {name: parse(choice.codec) for name, choice in made.layers.items()}
+    return given, validate_plan(given, [layer.name for layer in anatomy.layers], parse)
+
+
+def _target(context: Context, given: Plan | None) -> int:
+    """The budget in bytes, checked to be reachable before any work."""
+    anatomy = context.anatomy
+    if given is not None:
+        codecs = validate_plan(given, [layer.name for layer in anatomy.layers], parse)
+        size = artifact_layout(anatomy, codecs).total_bytes
+        budget = context.options.budget
+        target = budget_bytes(anatomy, budget) if budget is not None else max(given.budget, size)
+        if size > target:
+            raise BadInput(
+                f"The plan takes {size:,} bytes, more than the budget of {target:,}: choose smaller codecs in the plan, "
+                f"or give --size {size}."
+            )
+        return target
+    target = budget_bytes(anatomy, _needs_budget(context.options))
+    candidates = {layer.name: curve_stage.layer_candidates(context, layer) for layer in anatomy.layers}
+    check_feasible(anatomy, target, candidates)
+    return target
+
+
+def _needs_budget(options: Options) -> Budget:
+    if options.budget is None:
+        raise BadInput("Give a budget: --size, --memory or --bpw (or a --plan that has one).")
+    return options.budget
+
+
+def _claim(output: Path, *, overwrite: bool, restart: bool) -> Path:
+    """The partial folder for an output, after checking that it may be written."""
+    if output.exists() and not overwrite:
+        raise BadInput(f"{output} exists already; choose another --output, or add --overwrite to replace it.")
+    if not output.absolute().parent.is_dir():
+        raise BadInput(f"The folder {output.absolute().parent} does not exist; make it, or choose another --output.")
+    partial = partial_path(output)
+    if restart:
+        shutil.rmtree(partial, ignore_errors=True)
+    return partial
+
+
+def _context(
+    source: Source, body: nn.Module, anatomy: Anatomy, options: Options, work: Work, workers: int, progress: Progress
+) -> Context:
+    return Context(
+        source,
+        body,
+        anatomy,
+        WeightLoader(source, body),
+        options,
+        work,
+        workers,
+        chunk_sequences(options.length),
+        progress,
+    )
+
+
+def _identity(context: Context, given: Plan | None) -> dict[str, object]:
+    """What makes a run this run: a resumed one must agree in all of it."""
+    return {
+        "model": context.source.fingerprint(),
+        "options": context.options.identity(),
+        "plan": None if given is None else hashlib.sha256(plan_to_json(given).encode()).hexdigest(),
+        "versions": finish.versions(),
+    }

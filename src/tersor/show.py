@@ -1,0 +1,231 @@
+"""How answers look on a terminal, and the same as JSON for machines."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from tersor.api import Inspection
+from tersor.contracts import Quality
+from tersor.pipeline import Planned, Result
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar with time left per stage, on standard error; nothing where that is not a terminal."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description:<12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def update(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield update
+
+
+def emit(as_json: bool, data: Callable[[], Any], table: Callable[[], None]) -> None:
+    """Print an answer one way or the other, on standard output."""
+    if as_json:
+        sys.stdout.write(json.dumps(data(), indent=1) + "\n")
+    else:
+        table()
+
+
+def stream(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def nice_bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000 or unit == "GB":
+            return f"{count:.4g} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def _facts(title: str, rows: list[tuple[str, str]]) -> None:
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, escape(value))
+    Console().print(table)
+
+
+def plan_data(planned: Planned) -> dict[str, Any]:
+    plan = planned.plan
+    return {
+        "budget": plan.budget,
+        "file_bytes": plan.file_bytes,
+        "bits_per_weight": 8 * plan.file_bytes / planned.anatomy.parameters,
+        "predicted_kl": plan.predicted if plan.options.get("measured") else None,
+        "peak_memory": planned.estimate.memory,
+        "disk": planned.estimate.disk,
+        "seconds": planned.estimate.seconds,
+        "layers": {name: asdict(choice) for name, choice in plan.layers.items()},
+        "tensors": [asdict(fate) for fate in planned.anatomy.tensors],
+        "notes": list(planned.notes),
+    }
+
+
+def plan_table(planned: Planned, output: Path | None) -> None:
+    plan, anatomy = planned.plan, planned.anatomy
+    layers = Table(title="Plan", title_justify="left")
+    for heading in ("layers", "codec", "count", "bytes", "bits/weight"):
+        layers.add_column(heading, justify="left" if heading in ("layers", "codec") else "right")
+    counts: Counter[tuple[str, str]] = Counter()
+    sizes: Counter[tuple[str, str]] = Counter()
+    weights: Counter[tuple[str, str]] = Counter()
+    for layer in anatomy.layers:
+        kind = layer.name.rsplit(".", 1)[-1]
+        key = (kind, plan.layers[layer.name].codec)
+        counts[key] += 1
+        sizes[key] += plan.layers[layer.name].nbytes
+        weights[key] += layer.parameters
+    for key in sorted(counts):
+        layers.add_row(*key, str(counts[key]), f"{sizes[key]:,}", f"{8 * sizes[key] / weights[key]:.3f}")
+    Console().print(layers)
+    fates = Counter(fate.fate for fate in anatomy.tensors)
+    rows = [
+        ("budget", f"{plan.budget:,} bytes"),
+        ("weight files", f"{plan.file_bytes:,} bytes ({plan.file_bytes / plan.budget:.2%} of the budget)"),
+        ("bits per weight", f"{8 * plan.file_bytes / anatomy.parameters:.3f}, everything included"),
+        ("predicted KL", f"{plan.predicted:.4f} nats/token" if plan.options.get("measured") else "not measured (--fast)"),
+        ("tensors", ", ".join(f"{count} {fate}" for fate, count in fates.items())),
+        ("peak memory", f"about {nice_bytes(planned.estimate.memory)} above the interpreter's own"),
+        ("disk", f"about {nice_bytes(planned.estimate.disk)} while running"),
+        ("time", f"about {planned.estimate.seconds:.0f} s for `tersor compress`"),
+    ]
+    if output is not None:
+        rows.append(("plan", str(output)))
+    rows += [("note", note) for note in planned.notes]
+    _facts("Run", rows)
+
+
+def quality_data(quality: Quality) -> dict[str, Any]:
+    return asdict(quality)
+
+
+def _quality_rows(quality: Quality) -> list[tuple[str, str]]:
+    return [
+        ("KL", f"{quality.kl:.5f} ± {quality.kl_error:.5f} nats/token"),
+        ("perplexity", f"{quality.perplexity:.3f} (reference {quality.reference_perplexity:.3f})"),
+        ("top-1 agreement", f"{quality.top1:.2%}"),
+        ("measured on", f"{quality.tokens:,} tokens of {quality.text}"),
+    ]
+
+
+def quality_table(quality: Quality) -> None:
+    _facts("Quality", _quality_rows(quality))
+
+
+def result_data(result: Result) -> dict[str, Any]:
+    return {
+        "folder": str(result.folder),
+        "budget": result.plan.budget,
+        "file_bytes": result.plan.file_bytes,
+        "bits_per_weight": result.bits_per_weight,
+        "predicted_kl": result.plan.predicted,
+        "quality": asdict(result.quality),
+        "seconds": result.seconds,
+        "peak_memory": result.peak_memory,
+        "report": str(result.folder / "report.html"),
+        "notes": list(result.notes),
+    }
+
+
+def result_table(result: Result) -> None:
+    plan = result.plan
+    rows = [
+        ("weight files", f"{plan.file_bytes:,} bytes of {plan.budget:,} ({plan.file_bytes / plan.budget:.2%})"),
+        ("bits per weight", f"{result.bits_per_weight:.3f}, everything included"),
+        *_quality_rows(result.quality),
+        ("predicted KL", f"{plan.predicted:.5f} nats/token"),
+        ("time", f"{result.seconds:.0f} s" + (" (resumed)" if result.resumed else "")),
+        ("peak memory", f"{nice_bytes(result.peak_memory)} above the interpreter's own"),
+    ]
+    rows += [("note", note) for note in result.notes]
+    if result.sample is not None:
+        rows += [("prompt", result.sample[0]), ("text", result.sample[1])]
+    rows += [("artifact", str(result.folder)), ("report", str(result.folder / "report.html"))]
+    _facts("Compressed", rows)
+
+
+def inspection_data(found: Inspection) -> dict[str, Any]:
+    if found.artifact is not None:
+        artifact = found.artifact
+        return {
+            "weight_bytes": artifact.weight_bytes,
+            "layers": {name: str(codec) for name, codec in artifact.layers.items()},
+            "shapes": {name: list(shape) for name, shape in artifact.shapes.items()},
+            "errors": dict(artifact.manifest.errors),
+            "quality": None if artifact.manifest.quality is None else asdict(artifact.manifest.quality),
+            "source": asdict(artifact.manifest.source),
+            "notes": list(artifact.manifest.notes),
+        }
+    assert found.anatomy is not None
+    return {
+        "model_type": found.anatomy.model_type,
+        "parameters": found.anatomy.parameters,
+        "source_bytes": found.anatomy.source_bytes,
+        "layers": [asdict(layer) for layer in found.anatomy.layers],
+        "tensors": [asdict(fate) for fate in found.anatomy.tensors],
+        "errors": {name: dict(errors) for name, errors in found.errors.items()},
+        "notes": list(found.anatomy.notes),
+    }
+
+
+def inspection_table(found: Inspection) -> None:
+    table = Table(title_justify="left")
+    if found.artifact is not None:
+        artifact = found.artifact
+        table.title = f"{artifact.folder}: {artifact.weight_bytes:,} bytes of weights"
+        for heading in ("layer", "codec", "shape", "bits/weight", "relative error"):
+            table.add_column(heading, justify="left" if heading in ("layer", "codec") else "right")
+        for name, codec in artifact.layers.items():
+            rows, columns = artifact.shapes[name]
+            bits = codec.bits((rows, columns)) / (rows * columns)
+            error = artifact.manifest.errors.get(name)
+            shown = "" if error is None else f"{error:.4f}"
+            table.add_row(name, str(codec), f"{rows} x {columns}", f"{bits:.3f}", shown)
+        Console().print(table)
+        if artifact.manifest.quality is not None:
+            quality_table(artifact.manifest.quality)
+        return
+    anatomy = found.anatomy
+    assert anatomy is not None
+    texts = list(next(iter(found.errors.values()), {}))
+    table.title = f"{anatomy.model_type}: {anatomy.parameters:,} weights, {anatomy.source_bytes:,} bytes"
+    for heading in ("layer", "kind", "shape", "inputs shared by", *(f"error {text}" for text in texts)):
+        table.add_column(heading, justify="left" if heading in ("layer", "kind", "inputs shared by") else "right")
+    for layer in anatomy.layers:
+        shape = f"{layer.shape[0]} x {layer.shape[1]}" + (f" x {layer.copies}" if layer.copies > 1 else "")
+        shared = sum(other.inputs == layer.inputs for other in anatomy.layers)
+        errors = [f"{found.errors[layer.name].get(text, float('nan')):.4f}" for text in texts]
+        table.add_row(layer.name, layer.kind, shape, str(shared), *errors)
+    Console().print(table)
+    fates = Counter(fate.fate for fate in anatomy.tensors)
+    rows = [("tensors", ", ".join(f"{count} {fate}" for fate, count in fates.items()))]
+    _facts("Anatomy", rows + [("note", note) for note in anatomy.notes])

@@ -1,0 +1,91 @@
+"""What all stages of a run share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tersor.anatomy import Source, WeightLoader
+from tersor.codecs import parse
+from tersor.contracts import Anatomy, Codec, Layer, Solver
+from tersor.runtime.stream import BlockStream
+from tersor.solvers import CoordinateDescent, ErrorFeedback, Nearest
+from tersor.stages.options import Options
+from tersor.stages.work import Work
+
+Progress = Callable[[str, int, int], None]
+"""Called with the stage's name, units done and units in all."""
+
+ROW_CHUNK = 512
+"""Rows encoded as one unit of work. Fixed, so that bytes do not depend on the number of workers."""
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Progress for whoever does not want any."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """One run: the source and its anatomy, where to keep work, what was asked, how many workers.
+
+    ``chunk``: sequences run through a block together; fixed by the options alone, never by the machine.
+    """
+
+    source: Source
+    model: nn.Module
+    anatomy: Anatomy
+    loader: WeightLoader
+    options: Options
+    work: Work
+    workers: int
+    chunk: int
+    progress: Progress = silent
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.options.dtype == "bfloat16" else torch.float32
+
+    def stream(self) -> BlockStream:
+        """The source model, block by block, in the run's dtype."""
+        return BlockStream(
+            self.model, self.anatomy, lambda names: self.loader.load(names, self.dtype), dtype=self.dtype
+        )
+
+    def solver(self) -> Solver:
+        solvers: Mapping[str, Solver] = {
+            "coordinate": CoordinateDescent(),
+            "feedback": ErrorFeedback(),
+            "nearest": Nearest(),
+        }
+        return solvers[self.options.solver]
+
+    def weight(self, layer: Layer) -> Tensor:
+        """A layer's own weights from the source, ``(copies, out, in)``, in the source's dtype."""
+        return oriented(self.loader.load([layer.parameter])[layer.parameter], layer)
+
+
+def oriented(parameter: Tensor, layer: Layer) -> Tensor:
+    """A parameter as ``(copies, out, in)``, whichever way it is stored; a view where possible."""
+    if layer.transposed:
+        parameter = parameter.transpose(-1, -2)
+    return parameter.reshape(layer.copies, *layer.shape)
+
+
+def block_weights(context: Context, module: nn.Module, block: int) -> dict[Layer, Tensor]:
+    """The materialised parameters of a block's layers, as they stand in the running module."""
+    prefix = context.anatomy.blocks[block] + "."
+    return {
+        layer: module.get_parameter(layer.parameter.removeprefix(prefix)) for layer in context.anatomy.layers_of(block)
+    }
+
+
+def parsed(texts: tuple[str, ...]) -> dict[str, Codec]:
+    """Codecs by their text. Raises BadInput for one that cannot be read."""
+    return {text: parse(text) for text in texts}
+
+
+Record = dict[str, Any]

@@ -1,0 +1,349 @@
+"""Stage: Gram matrices of the original model, block by block, and from them each layer's rate–distortion points."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tersor.contracts import Codec, Gram, Layer, RatePoint
+from tersor.errors import ShapeMismatch
+from tersor.runtime.stream import BlockStream
+from tersor.solvers import Nearest
+from tersor.stages.context import Context, Record, block_weights, oriented, parsed
+from tersor.stages.options import default_candidates, usable
+from tersor.stages.sensitivity import advance, head_parameter, load_moments
+from tersor.stages.work import Hidden
+from tersor.statistics.collect import GramSums, OutputMoments, collect_grams, in_order
+from tersor.statistics.curves import draw_sample, encode_rows, measure
+from tersor.statistics.sensitivity import Objective, embedding_objective, linear_objective, token_frequency
+
+STAGE = "curves"
+SAMPLE_ROWS = 48
+EMBEDDING_ROWS = 384
+SAMPLE_COPIES = 4
+MINIMUM_EXPERT_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Gram sums of the calibration text and of its held-out part, for the layers of one block."""
+
+    fit: GramSums
+    held_out: GramSums
+
+    def both(self, layer: Layer, copy: int) -> tuple[Gram | None, Gram | None]:
+        fit, held = self.fit.gram(layer, copy), self.held_out.gram(layer, copy)
+        # Too few held-out tokens measure nothing; an expert may have seen none.
+        if held is not None and held.tokens < 64:
+            held = None
+        return fit, held if held is not None else fit
+
+
+def held_out_chunks(chunks: int) -> int:
+    """How many of the last chunks are held out: an eighth, at least one where there are two."""
+    return max(1, chunks // 8) if chunks > 1 else 0
+
+
+def measure_curves(context: Context, ids: Tensor, *, points: bool = True) -> None:
+    """One pass of the original model over ``ids (n, T)``; leaves ``curves/<block>.json`` for every block.
+
+    Codes are fitted on the calibration part's Gram matrix and judged on the held-out part's, so that a solver that
+    fits its text too closely is not believed. Without ``points`` (a plan was given) only the Gram matrix at the head is
+    collected, which encoding needs.
+    """
+    blocks = len(context.anatomy.blocks)
+    total = blocks + 1
+    stream = context.stream()
+    width = context.model.config.get_text_config().hidden_size
+    stores = [
+        context.work.hidden(f"curves-{k}", (*ids.shape, width), context.dtype, context.chunk) for k in range(blocks + 1)
+    ]
+    try:
+        first = next((k for k in range(blocks) if not context.work.has(f"curves/block-{k}.json")), blocks)
+        if first == 0 and not stores[0].complete:
+            for chunk in range(stores[0].chunks):
+                with torch.inference_mode():
+                    stores[0].write(chunk, stream.embed(ids[stores[0].sequences(chunk)]))
+            stores[0].finish()
+        for block in range(first, blocks):
+            context.work.event(STAGE, "block begun", block=block)
+            with stream.block(block) as module:
+                if points:
+                    weights = block_weights(context, module, block)
+                    statistics = _block_statistics(context, stream, module, block, weights, stores)
+                    moments = load_moments(context, block) if context.options.sensitivity == "fisher" else None
+                    record = _measure_layers(context, weights, statistics, moments)
+                else:
+                    record = {}
+                    advance(context, stream, module, block, stores[block], stores[block + 1])
+            context.work.save(f"curves/block-{block}.json", record)
+            context.work.event(STAGE, "block done", block=block)
+            stores[block].remove()
+            context.progress(STAGE, block + 1, total)
+        if not context.work.has("curves/outside.json"):
+            _measure_outside(context, stream, stores[blocks], ids, points=points)
+            stores[blocks].remove()
+        context.progress(STAGE, total, total)
+    finally:
+        stream.close()
+
+
+def _block_statistics(
+    context: Context,
+    stream: BlockStream,
+    module: torch.nn.Module,
+    block: int,
+    weights: dict[Layer, Tensor],
+    stores: list[Hidden],
+) -> Statistics:
+    before, after = stores[block], stores[block + 1]
+    chunks = before.chunks
+    fit_chunks = chunks - held_out_chunks(chunks)
+
+    def forward(chunk: int) -> Tensor:
+        return stream.run(module, block, before.read(chunk))
+
+    fit = collect_grams(forward, fit_chunks, weights, workers=context.workers, keep=after.write)
+    held = collect_grams(
+        lambda chunk: forward(chunk + fit_chunks),
+        chunks - fit_chunks,
+        weights,
+        workers=context.workers,
+        keep=lambda chunk, output: after.write(chunk + fit_chunks, output),
+    )
+    after.finish()
+    return Statistics(fit, held)
+
+
+def _measure_layers(
+    context: Context, weights: dict[Layer, Tensor], statistics: Statistics, moments: OutputMoments | None
+) -> Record:
+    """Points of all layers of a block; layers with the same input share one factorization."""
+    keys = sorted({(layer.inputs, copy) for layer in weights for copy in _sample_copies(layer, statistics)})
+
+    def work(index: int) -> list[tuple[str, Record]]:
+        key, copy = keys[index]
+        layers = [layer for layer in weights if layer.inputs == key and copy < layer.copies]
+        fit, held = statistics.both(layers[0], copy)
+        if fit is None or held is None:
+            return []
+        solver = context.solver()
+        prepared = solver.prepare(fit)
+        results = []
+        for layer in layers:
+            weight = oriented(weights[layer], layer)[copy]
+            objective = _objective(layer, copy, weight, held, moments)
+            results.append((layer.name, _points(context, layer, weight, objective, solver, prepared, copy)))
+        return results
+
+    found: dict[str, list[Record]] = {}
+    for results in in_order(work, len(keys), context.workers):
+        for name, record in results:
+            found.setdefault(name, []).append(record)
+    return {
+        layer.name: _merge_copies(context, layer, found.get(layer.name, []), statistics, weights[layer])
+        for layer in weights
+    }
+
+
+def _sample_copies(layer: Layer, statistics: Statistics) -> Iterable[int]:
+    """The copies measured: the experts with the most tokens, spread over the list."""
+    if layer.copies == 1:
+        return [0]
+    seen = [copy for copy in range(layer.copies) if statistics.fit.gram(layer, copy) is not None]
+    step = max(len(seen) // SAMPLE_COPIES, 1)
+    return seen[::step][:SAMPLE_COPIES]
+
+
+def _objective(layer: Layer, copy: int, weight: Tensor, gram: Gram, moments: OutputMoments | None) -> Objective:
+    if moments is not None:
+        return linear_objective(gram, moments, layer, copy)
+    return flat_objective(layer, weight, gram)
+
+
+def flat_objective(layer: Layer, weight: Tensor, gram: Gram) -> Objective:
+    """Every layer's relative error counts alike, by its number of weights: what tools without sensitivities assume."""
+    energy = float(((weight.float() @ gram.matrix) * weight.float()).sum().clamp(min=1e-30))
+    return Objective(torch.full((layer.shape[0],), weight.numel() * 1e-8 / energy), gram)
+
+
+def _points(
+    context: Context, layer: Layer, weight: Tensor, objective: Objective, solver: Any, prepared: Any, copy: int
+) -> Record:
+    """Measured points of one matrix, and how calibrated codes compare with uncalibrated ones on held-out text."""
+    count = EMBEDDING_ROWS if layer.kind == "embedding" or layer.name == context.anatomy.head else SAMPLE_ROWS
+    seed = context.options.seed * 7919 + sum(layer.name.encode()) + copy
+    sample = draw_sample(weight, objective, count=count, seed=seed)
+    candidates = layer_candidates(context, layer)
+    codecs = [candidates[text] for text in candidates]
+    distortions = measure(sample, objective, codecs, solver, prepared)
+    middle = _middle(candidates, layer)
+    plain = measure(sample, objective, [candidates[middle]], Nearest(), None)[0]
+    calibrated = distortions[list(candidates).index(middle)]
+    return {
+        "points": dict(zip(candidates, distortions, strict=True)),
+        "calibrated": calibrated,
+        "uncalibrated": plain,
+        "damping": float(getattr(getattr(prepared, "start", prepared), "damping", 0.0)),
+    }
+
+
+def layer_candidates(context: Context, layer: Layer) -> dict[str, Codec]:
+    """Codecs to choose from for a layer, by text. Raises ShapeMismatch when none of those asked for can take it."""
+    texts = context.options.candidates or default_candidates(layer.shape[1])
+    codecs = parsed(texts)
+    fitting = usable(codecs, layer.stored_shape)
+    if not fitting:
+        raise ShapeMismatch(
+            f"None of the candidates {', '.join(texts)} can take {layer.name} with {layer.shape[1]} inputs; add one "
+            f"whose group divides {layer.shape[1]}, or a per-row one such as int4:row."
+        )
+    return {text: codecs[text] for text in fitting}
+
+
+def _middle(candidates: dict[str, Codec], layer: Layer) -> str:
+    """The candidate nearest to 3.5 bits: where calibration matters and is not yet lost."""
+    return min(candidates, key=lambda text: abs(candidates[text].bits(layer.stored_shape) / layer.parameters - 3.5))
+
+
+def _merge_copies(
+    context: Context, layer: Layer, found: list[Record], statistics: Statistics, weight: Tensor
+) -> Record:
+    """One record for a layer; for experts, sums scaled from the measured copies to all by their share of tokens."""
+    notes: list[str] = []
+    if layer.copies > 1:
+        counts = [gram.tokens if (gram := statistics.fit.gram(layer, copy)) else 0 for copy in range(layer.copies)]
+        few = sum(count < MINIMUM_EXPERT_TOKENS for count in counts)
+        if few:
+            notes.append(
+                f"{few} of {layer.copies} experts of {layer.name} saw fewer than {MINIMUM_EXPERT_TOKENS} calibration "
+                f"tokens (least {min(counts)}); give more text."
+            )
+    if not found:
+        # No token reached any copy: nothing is known, so every choice costs what its weights' own error is.
+        energy = Gram(torch.eye(layer.shape[1]), 0)
+        matrix = oriented(weight, layer)[0]
+        objective = flat_objective(layer, matrix, energy)
+        found = [_points(context, layer, matrix, objective, Nearest(), None, 0)]
+        notes.append(f"No calibration token reached {layer.name}; it is rounded to nearest.")
+    scale = layer.copies / len(found)
+    texts = list(found[0]["points"])
+    points = {text: scale * math.fsum(record["points"][text] for record in found) for text in texts}
+    damping = max(record["damping"] for record in found)
+    # 0.01 is the solver's own damping; what is above it was raised because the matrix would not factor.
+    if damping > 0.011:
+        notes.append(f"Damping for {layer.name} was raised to {damping:g} of the mean diagonal.")
+    return {
+        "points": points,
+        "calibrated": scale * math.fsum(record["calibrated"] for record in found),
+        "uncalibrated": scale * math.fsum(record["uncalibrated"] for record in found),
+        "notes": notes,
+    }
+
+
+def _measure_outside(context: Context, stream: BlockStream, hidden: Hidden, ids: Tensor, *, points: bool) -> None:
+    """Embedding and head: their Gram matrices, kept for encoding too, and their points."""
+    layers = {layer.name: layer for layer in context.anatomy.layers_of(None)}
+    head = layers.get(context.anatomy.head or "")
+    fit = held = None
+    if head is not None:
+        chunks = hidden.chunks
+        fit_chunks = chunks - held_out_chunks(chunks)
+        with stream.head_module() as module:
+            weights = {head: module.get_parameter(head_parameter(head))}
+            run = lambda chunk: stream.head(hidden.read(chunk))  # noqa: E731
+            skip = frozenset([head])
+            fit = collect_grams(run, fit_chunks, weights, workers=context.workers, skip=skip).gram(head)
+            rest = collect_grams(
+                lambda chunk: run(chunk + fit_chunks), chunks - fit_chunks, weights, workers=context.workers, skip=skip
+            )
+            held = rest.gram(head) or fit
+        assert fit is not None
+        assert held is not None
+        context.work.save_tensors(
+            "curves/head.safetensors", {"fit": fit.matrix, "held": held.matrix, "tokens": torch.tensor([fit.tokens])}
+        )
+    record = {}
+    for layer in layers.values() if points else ():
+        solver = context.solver()
+        weight = context.weight(layer)[0]
+        fit_objective, held_objective = outside_objectives(context, layer, weight, ids)
+        record[layer.name] = {
+            **_points(context, layer, weight, held_objective, solver, solver.prepare(fit_objective.gram), 0),
+            "notes": [],
+        }
+    context.work.save("curves/outside.json", record)
+
+
+def outside_objectives(context: Context, layer: Layer, weight: Tensor, ids: Tensor) -> tuple[Objective, Objective]:
+    """The objectives of an embedding or head: with the Gram matrix to fit codes on, and with the one to judge them on."""
+    is_head = layer.name == context.anatomy.head
+    grams: dict[str, Gram] = {}
+    if is_head:
+        stored = context.work.load_tensors("curves/head.safetensors")
+        tokens = int(stored["tokens"])
+        grams = {name: Gram(stored[name], tokens) for name in ("fit", "held")}
+    frequency = token_frequency(ids, layer.shape[0])
+    if context.options.sensitivity != "fisher":
+        gram = grams or {name: Gram(torch.diag(torch.ones(layer.shape[1])), 0) for name in ("fit", "held")}
+        flats = [flat_objective(layer, weight[: 4 * EMBEDDING_ROWS], gram[name]) for name in ("fit", "held")]
+        return flats[0], flats[1]
+    rows = None
+    if is_head:
+        moments = load_moments(context, None)
+        key = (layer.name, 0)
+        rows = moments.sums[key] / moments.tokens[key]
+    if layer.name != context.anatomy.embedding:
+        assert rows is not None
+        return Objective(0.5 * rows, grams["fit"]), Objective(0.5 * rows, grams["held"])
+    moment = context.work.load_tensors("sensitivity/embedding.safetensors")["moment"]
+    pair = [
+        embedding_objective(frequency, moment, head_gram=grams.get(name), head_rows=rows) for name in ("fit", "held")
+    ]
+    return pair[0], pair[1]
+
+
+def load_records(context: Context) -> dict[str, Record]:
+    """All layers' records, in the model's order."""
+    names = [f"curves/block-{k}.json" for k in range(len(context.anatomy.blocks))] + ["curves/outside.json"]
+    found: dict[str, Record] = {}
+    for name in names:
+        found.update(context.work.load(name))
+    return {layer.name: found[layer.name] for layer in context.anatomy.layers if layer.name in found}
+
+
+def calibration_notes(records: dict[str, Record]) -> tuple[str, ...]:
+    """What the held-out text says of the calibration, and the notes of all layers."""
+    notes = [note for record in records.values() for note in record["notes"]]
+    ratios = {
+        name: record["calibrated"] / record["uncalibrated"]
+        for name, record in records.items()
+        if record["uncalibrated"] > 0
+    }
+    if ratios:
+        mean = math.exp(math.fsum(math.log(max(ratio, 1e-6)) for ratio in ratios.values()) / len(ratios))
+        worse = [name for name, ratio in ratios.items() if ratio > 1]
+        summary = f"On held-out text, calibrated codes have {mean:.2f} x the error of uncalibrated ones."
+        if mean >= 1:
+            summary += " Calibration did not help: use text closer to what the model is for, or --solver nearest."
+        elif worse:
+            summary += f" In {len(worse)} of {len(ratios)} layers they are worse (first: {worse[0]})."
+        notes.insert(0, summary)
+    return tuple(notes)
+
+
+def rate_points(context: Context, records: dict[str, Record], cost: Any) -> dict[str, list[RatePoint]]:
+    """Curves for the allocator. ``cost(layer, codec) -> bytes`` in the file, headers included."""
+    curves = {}
+    for layer in context.anatomy.layers:
+        candidates = layer_candidates(context, layer)
+        points = records[layer.name]["points"]
+        curves[layer.name] = [
+            RatePoint(cost(layer, codec), float(points[text]), text) for text, codec in candidates.items()
+        ]
+    return curves

@@ -1,0 +1,123 @@
+"""What a run will cost, told before it begins: memory, disk, time. Formulas, not promises; docs say how good they are."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+
+from tersor.contracts import Anatomy
+from tersor.errors import BadInput
+from tersor.stages.options import Options
+from tersor.stages.sensitivity import FISHER_SEQUENCES
+
+_HEAD_TOKENS = 256
+_HEAD_COPIES = 5
+"""Arrays of (tokens x vocabulary) that the head's backward pass holds at once."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """``memory``: peak resident bytes above those of the interpreter with torch imported; ``disk``: bytes needed while
+    running, the artifact included; ``seconds``: wall time, None when there is nothing to run."""
+
+    memory: int
+    disk: int
+    seconds: float | None
+
+
+def chunk_sequences(length: int) -> int:
+    """Sequences run through a block together: about a thousand tokens, whatever the machine."""
+    return max(1, 1024 // length)
+
+
+def peak_memory(anatomy: Anatomy, options: Options, workers: int) -> int:
+    """Peak resident bytes above the baseline, from the largest block and the largest working set."""
+    dtype = 2 if options.dtype == "bfloat16" else 4
+    block = max(
+        (sum(layer.parameters for layer in anatomy.layers_of(k)) for k in range(len(anatomy.blocks))), default=0
+    )
+    widest = max((layer.shape[1] for layer in anatomy.layers), default=1)
+    outermost = max((layer.parameters for layer in anatomy.layers_of(None)), default=0)
+    inputs = [
+        {layer.inputs: layer.shape[1] for layer in anatomy.layers_of(k) for _ in range(layer.copies)}
+        for k in range(len(anatomy.blocks))
+    ]
+    copies = max((layer.copies for layer in anatomy.layers), default=1)
+    grams = copies * max((sum(4 * width * width for width in widths.values()) for widths in inputs), default=0)
+    # Both fit and held-out sums, and one chunk's own products per worker while they are added.
+    gram_memory = grams * (2 + workers)
+    # Factorization: three float64 copies and two float32 results, one at a time per worker.
+    factor_memory = workers * widest * widest * (3 * 8 + 3 * 4)
+    tokens = chunk_sequences(options.length) * options.length
+    activations = workers * tokens * 12 * widest * 4
+    vocabulary = max((layer.shape[0] for layer in anatomy.layers_of(None)), default=0)
+    head = outermost * dtype * 2 + workers * _HEAD_COPIES * _HEAD_TOKENS * vocabulary * 4
+    return int(150e6 + max(2 * block * dtype + max(gram_memory + activations, grams * 2 + factor_memory), head))
+
+
+def choose_workers(anatomy: Anatomy, options: Options, available: int) -> int:
+    """As many workers as asked for or available, fewer when memory would not do.
+
+    Raises BadInput when even one worker would need more than the cap.
+    """
+    wanted = options.workers or available
+    if wanted < 1:
+        raise BadInput(f"--workers {wanted} makes no sense; give 1 or more.")
+    if options.max_memory is None:
+        return wanted
+    for workers in range(wanted, 0, -1):
+        if peak_memory(anatomy, options, workers) <= options.max_memory:
+            return workers
+    least = peak_memory(anatomy, options, 1)
+    raise BadInput(
+        f"--max-memory {options.max_memory:,} bytes is too little for this model: its largest block and Gram matrices "
+        f"need about {least:,} bytes with one worker; raise the cap or shorten --length."
+    )
+
+
+def machine_speed(workers: int) -> float:
+    """Floating-point operations per second of one worker, times workers; a matrix product timed for a moment."""
+    a = torch.randn(512, 768)
+    b = torch.randn(768, 768)
+    a @ b
+    began = time.perf_counter()
+    rounds = 0
+    while time.perf_counter() - began < 0.1:
+        a @ b
+        rounds += 1
+    return workers * 2 * 512 * 768 * 768 * rounds / (time.perf_counter() - began)
+
+
+def estimate(anatomy: Anatomy, options: Options, workers: int, file_bytes: int) -> Estimate:
+    """Memory, disk and time of a whole run."""
+    weights = sum(layer.parameters for layer in anatomy.layers if layer.block is not None)
+    outside = sum(layer.parameters for layer in anatomy.layers_of(None))
+    tokens = options.sequences * options.length
+    backward = min(FISHER_SEQUENCES, options.sequences) * options.length
+    evaluated = options.eval_sequences * options.length
+    gram = sum(2 * width * width for width in _distinct_inputs(anatomy))
+    sampled = (tokens + evaluated) if options.text is None else 0
+    forward = 2 * weights
+    flops = (
+        3 * tokens * forward
+        + 2 * tokens * gram
+        + backward * (3 * forward + 6 * outside)
+        + evaluated * 2 * (forward + 2 * outside)
+        # Token by token, batches are small and every step reads all weights: a third of the speed of long products.
+        + 3 * sampled * (forward + 2 * outside)
+        + 30 * sum(layer.parameters * layer.shape[1] for layer in anatomy.layers)
+    )
+    width = max((layer.shape[1] for layer in anatomy.layers_of(None)), default=1024)
+    dtype = 2 if options.dtype == "bfloat16" else 4
+    hidden = 2 * tokens * width * dtype + backward * width * (len(anatomy.blocks) * dtype + 8)
+    memory = peak_memory(anatomy, options, workers)
+    seconds = 20 + flops / machine_speed(workers)
+    return Estimate(memory, file_bytes + hidden, math.ceil(seconds))
+
+
+def _distinct_inputs(anatomy: Anatomy) -> list[int]:
+    found = {(layer.block, layer.inputs, copy): layer.shape[1] for layer in anatomy.layers for copy in range(1)}
+    return list(found.values())

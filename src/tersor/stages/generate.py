@@ -1,0 +1,45 @@
+"""Text from an artifact, run packed by transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+
+from tersor.artifact import open_artifact
+from tersor.errors import BadInput
+
+
+class _Pieces(TextStreamer):  # type: ignore[misc]
+    """Hands text on as it is decoded, instead of printing it."""
+
+    def __init__(self, tokenizer: object, hand_on: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._hand_on = hand_on
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._hand_on(text + ("\n" if stream_end else ""))
+
+
+def generate_text(
+    path: Path, prompt: str, *, tokens: int, temperature: float, seed: int, on_text: Callable[[str], None] | None
+) -> str:
+    """Continue ``prompt`` by ``tokens`` tokens. Sampling forks torch's random state, so the caller's is untouched."""
+    if tokens < 1:
+        raise BadInput(f"--tokens {tokens} makes no sense; give 1 or more.")
+    open_artifact(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    else:
+        ids = tokenizer(prompt, return_tensors="pt")
+    choice = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    streamer = None if on_text is None else _Pieces(tokenizer, on_text)
+    with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        output = model.generate(**ids, max_new_tokens=tokens, streamer=streamer, **choice)
+    return str(tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))

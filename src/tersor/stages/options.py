@@ -1,0 +1,135 @@
+"""What a user can ask of a run."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from tersor.contracts import Anatomy, Codec
+from tersor.errors import BadInput
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+RUNTIME_TILE = 4 * 2**20
+"""Bytes of decoded weights that a packed layer holds while it multiplies."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many bytes a model may take.
+
+    ``kind``: ``size`` (all weight files, headers included), ``memory`` (tensors in memory while running, and one
+    decoded tile), or ``bpw`` (bits of the weight files per stored weight). ``amount``: bytes, a share of the source's
+    bytes when ``relative``, or bits.
+    """
+
+    kind: Literal["size", "memory", "bpw"]
+    amount: float
+    relative: bool = False
+
+    def file_bytes(self, anatomy: Anatomy, header_bytes: int) -> int:
+        """The budget as bytes of all weight files. ``header_bytes``: what the file holds besides tensors."""
+        if self.kind == "bpw":
+            return int(self.amount * anatomy.parameters / 8)
+        amount = int(self.amount * anatomy.source_bytes) if self.relative else int(self.amount)
+        return amount if self.kind == "size" else amount - RUNTIME_TILE + header_bytes
+
+    def __str__(self) -> str:
+        if self.kind == "bpw":
+            return f"{self.amount:g} bits per weight"
+        return f"{self.amount:.4g} x the source" if self.relative else f"{int(self.amount)} bytes ({self.kind})"
+
+
+def parse_bytes(text: str, what: str) -> int:
+    """``60MB``, ``1.5GiB``, ``67265138`` to bytes. Decimal units are powers of ten, as disks and hubs count."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    unit = match[2].lower() if match else ""
+    if match is None or unit not in _UNITS:
+        raise BadInput(f"{what} {text!r} is not a size: write bytes, or a number with KB, MB, GB, KiB, MiB or GiB.")
+    return int(float(match[1]) * _UNITS[unit])
+
+
+def parse_budget(size: str | None, memory: str | None, bpw: float | None) -> Budget:
+    """Exactly one of the three. ``size`` and ``memory`` also take a share of the source, such as ``25%``."""
+    given = [name for name, value in (("--size", size), ("--memory", memory), ("--bpw", bpw)) if value is not None]
+    if len(given) != 1:
+        found = " and ".join(given) if given else "none"
+        raise BadInput(f"Give exactly one budget, --size, --memory or --bpw; found {found}.")
+    if bpw is not None:
+        if not 0 < bpw <= 64:
+            raise BadInput(f"--bpw {bpw:g} is not a number of bits per weight between 0 and 64.")
+        return Budget("bpw", float(bpw))
+    text = size if size is not None else memory
+    assert text is not None
+    kind: Literal["size", "memory"] = "size" if size is not None else "memory"
+    share = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", text)
+    if share:
+        return Budget(kind, float(share[1]) / 100, relative=True)
+    return Budget(kind, parse_bytes(text, f"--{kind}"))
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything that decides the bytes of an artifact, and a few things (last four) that do not.
+
+    ``text``: calibration text (None: sampled from the model itself). ``sequences``, ``length``: how much of it.
+    ``candidates``: codec texts to choose from (None: the default list). ``solver``: ``coordinate``, ``feedback`` or
+    ``nearest``. ``sensitivity``: ``fisher``, ``measured`` or ``flat``. ``propagate``: statistics for a block come from
+    the already compressed blocks before it. ``share_fused``: layers that engines fuse get one codec.
+    ``eval_text``: what the final quality is measured on (None: text held out from the calibration).
+    """
+
+    budget: Budget | None
+    text: str | None = None
+    text_field: str | None = None
+    text_split: str = "train"
+    sequences: int = 64
+    length: int = 256
+    seed: int = 0
+    candidates: tuple[str, ...] | None = None
+    solver: Literal["coordinate", "feedback", "nearest"] = "coordinate"
+    sensitivity: Literal["fisher", "measured", "flat"] = "fisher"
+    allocator: Literal["exact", "lagrangian"] = "exact"
+    propagate: bool = True
+    share_fused: bool = False
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    eval_text: str | None = None
+    eval_sequences: int = 16
+    samples: int = 2
+    workers: int | None = None
+    max_memory: int | None = None
+    trust_remote_code: bool = False
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.sequences < 2 or self.length < 8:
+            raise BadInput(
+                f"Calibration needs at least 2 sequences of 8 tokens; found {self.sequences} of {self.length}."
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """What an interrupted run must share with the command that continues it."""
+        plain = asdict(self)
+        for free in ("workers", "max_memory", "trust_remote_code", "revision"):
+            plain.pop(free)
+        return plain
+
+
+def default_candidates(in_features: int) -> tuple[str, ...]:
+    """Codecs worth measuring for a layer with ``in_features`` inputs, cheapest first; see docs/LOG.md for the choice."""
+    groups = [g for g in (32, 64) if in_features % g == 0] or [g for g in (48, 24, 16, 40) if in_features % g == 0][:1]
+    texts: list[str] = []
+    for bits in (2, 3, 4, 5, 6, 8):
+        forms = [f"g{g}:s8" for g in reversed(groups)]
+        texts += [f"int{bits}:{form}" for form in (["row", *forms] if bits > 3 or not groups else forms)]
+        if groups and bits <= 4:
+            texts.append(f"int{bits}:g{groups[0]}:asym:s8")
+    if in_features >= 512:
+        texts += ["lut2:row", "lut3:row", "lut4:row"]
+    return (*texts, "bf16")
+
+
+def usable(codecs: dict[str, Codec], shape: tuple[int, int]) -> list[str]:
+    """The candidates that can take a shape."""
+    return [text for text, codec in codecs.items() if codec.accepts(shape)]

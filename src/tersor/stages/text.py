@@ -1,0 +1,109 @@
+"""Stage: the token ids that statistics come from, and those that quality is measured on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from tersor.anatomy import Source
+from tersor.errors import BadInput
+from tersor.stages.context import Progress
+from tersor.stages.options import Options
+from tersor.statistics.sampling import cached_sample, sample_text
+from tersor.statistics.text import TokenBatch, load_text
+
+STAGE = "text"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """``calibration`` and ``evaluation``: token ids with where they came from; they share no sequence."""
+
+    calibration: TokenBatch
+    evaluation: TokenBatch
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """The source's tokenizer. Raises BadInput when there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(source.path)
+    except (OSError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise BadInput(
+            f"No tokenizer could be loaded from {source.path} ({first}); add its files, or give token ids."
+        ) from error
+
+
+def prepare_texts(
+    source: Source, options: Options, *, cache: Path, workers: int, progress: Progress, whole: bool = False
+) -> Texts:
+    """Calibration and evaluation text as asked: the user's, or sampled from the model itself.
+
+    ``whole``: all of it as calibration text, none held out.
+    """
+    wanted = options.sequences + (0 if options.eval_text or whole else options.eval_sequences)
+    if options.text is None:
+        batch = _sampled(source, options, wanted, cache, workers, progress)
+    else:
+        batch = load_text(
+            options.text,
+            load_tokenizer(source),
+            sequences=wanted,
+            length=options.length,
+            seed=options.seed,
+            field=options.text_field,
+            split=options.text_split,
+        )
+    if options.eval_text:
+        evaluation = load_text(
+            options.eval_text,
+            load_tokenizer(source),
+            sequences=options.eval_sequences,
+            length=options.length,
+            seed=options.seed + 1,
+            field=options.text_field,
+            split=options.text_split,
+        )
+        return Texts(batch, evaluation)
+    if whole:
+        return Texts(batch, batch)
+    # Too little text: keep the proportion.
+    held = max(1, round(batch.ids.shape[0] * options.eval_sequences / wanted))
+    if batch.ids.shape[0] < 2:
+        raise BadInput(
+            f"{batch.origin} gives {batch.tokens} tokens, less than two sequences of {options.length}; give more text or "
+            f"a smaller --length."
+        )
+    calibration, evaluation = batch.split_held_out(held)
+    return Texts(calibration, evaluation)
+
+
+def _sampled(
+    source: Source, options: Options, sequences: int, cache: Path, workers: int, progress: Progress
+) -> TokenBatch:
+    need = sum(info.nbytes for info in source.tensors.values())
+    if options.max_memory is not None and need > options.max_memory:
+        raise BadInput(
+            f"No --text was given, and sampling text from the model itself needs it in memory ({need:,} bytes, more than "
+            f"--max-memory {options.max_memory:,}); give --text FILE, or raise the cap."
+        )
+    key = {"model": source.fingerprint(), "sequences": sequences, "length": options.length, "seed": options.seed}
+
+    def make() -> TokenBatch:
+        model = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.bfloat16).eval()
+        return sample_text(
+            model,
+            sequences=sequences,
+            length=options.length,
+            seed=options.seed,
+            workers=workers,
+            progress=lambda done, total: progress(STAGE, done, total),
+        )
+
+    return cached_sample(cache / "text", key, make)
+
+

@@ -1,0 +1,133 @@
+"""Stage: the written artifact is opened again and compared with the source; nothing is reported that was not read back."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tersor.artifact import Artifact
+from tersor.contracts import Anatomy, Layer, Quality
+from tersor.errors import VerificationFailed
+from tersor.evaluation.divergence import DivergenceAccumulator, compare_logits
+from tersor.runtime.stream import BlockStream
+from tersor.stages.context import ROW_CHUNK, Context, Progress
+from tersor.statistics.collect import in_order
+
+STAGE = "verify"
+HEAD_TOKENS = 256
+"""Tokens whose logits are there at one time, for each of the two models."""
+
+
+def artifact_loader(artifact: Artifact, anatomy: Anatomy, dtype: torch.dtype, workers: int):  # type: ignore[no-untyped-def]
+    """A loader of parameters for :class:`BlockStream` that decodes an artifact's layers."""
+    layers = {layer.parameter: layer for layer in anatomy.layers}
+    tied = {name: layer for layer in anatomy.layers for name in layer.tied}
+
+    def load(names: list[str]) -> dict[str, Tensor]:
+        found = {}
+        for name in names:
+            layer = layers.get(name) or tied.get(name)
+            found[name] = artifact.kept(name).to(dtype) if layer is None else decoded(artifact, layer, dtype, workers)
+        return found
+
+    return load
+
+
+def decoded(artifact: Artifact, layer: Layer, dtype: torch.dtype, workers: int) -> Tensor:
+    """A layer's weight out of the artifact, shaped as the model's parameter is."""
+    rows = layer.stored_shape[0]
+
+    def work(index: int) -> Tensor:
+        return artifact.decode(layer.name, slice(index * ROW_CHUNK, min((index + 1) * ROW_CHUNK, rows))).to(dtype)
+
+    weight = torch.cat(list(in_order(work, -(-rows // ROW_CHUNK), workers)))
+    if layer.copies > 1:
+        weight = weight.reshape(layer.copies, *layer.shape)
+    return weight.transpose(-1, -2).contiguous() if layer.transposed else weight
+
+
+def check_errors(context: Context, artifact: Artifact) -> None:
+    """Decode every layer from the file and compare its distance from the source with what encoding recorded.
+
+    Raises VerificationFailed naming the first layer that differs.
+    """
+    for layer in context.anatomy.layers:
+        source = context.weight(layer).reshape(layer.stored_shape)
+        rows = layer.stored_shape[0]
+
+        def work(index: int, layer: Layer = layer, source: Tensor = source, rows: int = rows) -> tuple[float, float]:
+            here = slice(index * ROW_CHUNK, min((index + 1) * ROW_CHUNK, rows))
+            weight = source[here].float()
+            error = weight - artifact.decode(layer.name, here)
+            return float(error.double().square().sum()), float(weight.double().square().sum())
+
+        sums = list(in_order(work, -(-rows // ROW_CHUNK), context.workers))
+        energy = math.fsum(pair[1] for pair in sums)
+        found = math.sqrt(math.fsum(pair[0] for pair in sums) / energy) if energy > 0 else 0.0
+        expected = artifact.manifest.errors[layer.name]
+        if not math.isclose(found, expected, rel_tol=1e-6, abs_tol=1e-9):
+            raise VerificationFailed(
+                f"{layer.name} reads back with a relative error of {found:.6g}, but {expected:.6g} was recorded when it "
+                f"was encoded: the file is not what was written; check the disk and run again."
+            )
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two models run side by side: the reference, and what is compared with it."""
+
+    reference: BlockStream
+    compressed: BlockStream
+
+
+def measure_quality(
+    pair: Pair, blocks: int, ids: Tensor, *, chunk: int, workers: int, origin: str, progress: Progress
+) -> Quality:
+    """KL, perplexity and agreement on ``ids (n, T)``, both models streamed block by block in tandem."""
+    sequences = ids.shape[0]
+    pieces = [slice(at, min(at + chunk, sequences)) for at in range(0, sequences, chunk)]
+    states: list[list[Tensor]] = []
+    for stream in (pair.reference, pair.compressed):
+        with torch.inference_mode():
+            states.append([stream.embed(ids[piece]) for piece in pieces])
+    for block in range(blocks):
+        for number, stream in enumerate((pair.reference, pair.compressed)):
+            with stream.block(block) as module:
+
+                def work(
+                    index: int, number: int = number, stream: BlockStream = stream, module: torch.nn.Module = module
+                ) -> Tensor:
+                    with torch.inference_mode():
+                        return stream.run(module, block, states[number][index])
+
+                states[number] = list(in_order(work, len(pieces), workers))
+        progress(STAGE, block + 1, blocks + 1)
+    accumulator = DivergenceAccumulator()
+    with pair.reference.head_module(), pair.compressed.head_module():
+        for index, piece in enumerate(pieces):
+            for row in range(piece.stop - piece.start):
+                targets = ids[piece.start + row, 1:]
+                hidden = [states[number][index][row : row + 1, :-1] for number in (0, 1)]
+                accumulator.add(_compare(pair, hidden[0], hidden[1], targets, workers))
+    progress(STAGE, blocks + 1, blocks + 1)
+    return accumulator.quality(origin)
+
+
+def _compare(pair: Pair, reference: Tensor, compressed: Tensor, targets: Tensor, workers: int):  # type: ignore[no-untyped-def]
+    """Statistics of one sequence: logits of at most HEAD_TOKENS positions at a time."""
+
+    def work(index: int):  # type: ignore[no-untyped-def]
+        here = slice(index * HEAD_TOKENS, (index + 1) * HEAD_TOKENS)
+        with torch.inference_mode():
+            first = pair.reference.head(reference[:, here])[0]
+            second = pair.compressed.head(compressed[:, here])[0]
+        return compare_logits(first, second, targets[here])
+
+    pieces = list(in_order(work, -(-targets.shape[0] // HEAD_TOKENS), workers))
+    total = pieces[0]
+    for piece in pieces[1:]:
+        total = total + piece
+    return total

@@ -1,0 +1,203 @@
+"""Watches a running block: the one place that hooks a model.
+
+A weight is recognised by use, not by the class of the module that holds it: a torch function mode sees every matrix
+product (``linear``, and ``addmm`` for Conv1D) and looks its weight's address up among the watched parameters. So plain
+linears, GPT-2's transposed layers and single experts inside a stacked parameter are all seen by the same few lines.
+Modes are per thread, so several chunks of sequences can run at once, each with its own watch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from tersor.contracts import Gram, Layer
+from tersor.errors import NotFinite
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Use:
+    """One product with a watched weight: which layer, which of its copies, the input ``(tokens, in)``, the output."""
+
+    layer: Layer
+    copy: int
+    inputs: Tensor
+    output: Tensor
+
+
+class Watch(TorchFunctionMode):
+    """Calls ``seen(use)`` for every product with one of ``weights`` (layer → parameter) on this thread.
+
+    ``skip``: layers whose product is not computed; zeros of width 1 are returned in its place. For a head, whose
+    input is wanted and whose output is large.
+    """
+
+    def __init__(
+        self, weights: Mapping[Layer, Tensor], seen: Callable[[Use], None], skip: frozenset[Layer] = frozenset()
+    ) -> None:
+        super().__init__()
+        self._at: dict[int, tuple[Layer, int]] = {}
+        for layer, weight in weights.items():
+            stride = weight.nbytes // layer.copies
+            for copy in range(layer.copies):
+                self._at[weight.data_ptr() + copy * stride] = (layer, copy)
+        self._seen = seen
+        self._skip = skip
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        inputs, weight = _operands(func, args, kwargs)
+        known = self._at.get(weight.data_ptr()) if weight is not None and weight.device.type == "cpu" else None
+        if known is None or inputs is None:
+            return func(*args, **kwargs)
+        layer, copy = known
+        output = inputs.new_zeros(*inputs.shape[:-1], 1) if layer in self._skip else func(*args, **kwargs)
+        with torch._C.DisableTorchFunction():
+            self._seen(Use(layer, copy, inputs.reshape(-1, inputs.shape[-1]), output))
+        return output
+
+
+def _operands(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+    """Input and weight of a product, or (None, None) for any other function."""
+    if func is torch.nn.functional.linear:
+        both = [*args, kwargs.get("input"), kwargs.get("weight")] if len(args) < 2 else args
+        inputs, weight = [a for a in both if a is not None][:2]
+        return inputs, weight
+    if func is torch.addmm and len(args) == 3:
+        return args[1], args[2]
+    return None, None
+
+
+def in_order(
+    work: Callable[[int], Result], count: int, workers: int
+) -> Iterator[Result]:
+    """Results of ``work(0) … work(count − 1)`` in order, at most ``workers`` at a time and waiting.
+
+    Whatever the number of workers, each piece is computed alike and results are consumed in the same order: that is
+    what makes the bytes of an artifact independent of the machine's number of cores.
+    """
+    if workers <= 1:
+        for index in range(count):
+            yield work(index)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = [pool.submit(work, index) for index in range(min(workers, count))]
+        for index in range(count):
+            result = waiting.pop(0).result()
+            if index + workers < count:
+                waiting.append(pool.submit(work, index + workers))
+            yield result
+
+
+@dataclass
+class GramSums:
+    """Running sums of ``x xᵀ`` for the distinct inputs of some layers.
+
+    Keyed by ``(layer.inputs, copy)``. Sums are float32: chunks hold a few thousand tokens and are added a few hundred
+    times, an error near 1e-6 of the entry, far below the bfloat16 rounding of the activations themselves; the
+    factorization that is sensitive to it is done in float64 with damping four orders of magnitude above.
+    """
+
+    sums: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    tokens: dict[tuple[str, int], int] = field(default_factory=dict)
+
+    def see(self, use: Use) -> None:
+        key = (use.layer.inputs, use.copy)
+        x = use.inputs.detach().to(torch.float32)
+        product = x.T @ x
+        if not torch.isfinite(product.diagonal()).all():
+            bad = int((~torch.isfinite(x)).any(1).sum())
+            raise NotFinite(
+                f"Activations entering {use.layer.name} are not finite ({bad} of {len(x)} tokens have NaN or Inf, or "
+                f"overflow when squared); run with --dtype float32, or check the source model."
+            )
+        self.sums[key] = self.sums[key] + product if key in self.sums else product
+        self.tokens[key] = self.tokens.get(key, 0) + len(x)
+
+    def add(self, other: GramSums) -> None:
+        """Add another chunk's sums; the other is used up."""
+        for key, product in other.sums.items():
+            if key in self.sums:
+                self.sums[key].add_(product)
+            else:
+                self.sums[key] = product
+            self.tokens[key] = self.tokens.get(key, 0) + other.tokens[key]
+
+    def gram(self, layer: Layer, copy: int = 0) -> Gram | None:
+        """The Gram matrix of a layer's input, or None if no token ever reached it (an expert never chosen)."""
+        key = (layer.inputs, copy)
+        if key not in self.sums:
+            return None
+        return Gram(self.sums[key] / self.tokens[key], self.tokens[key])
+
+
+def collect_grams(
+    forward: Callable[[int], Tensor],
+    chunks: int,
+    weights: Mapping[Layer, Tensor],
+    *,
+    workers: int,
+    keep: Callable[[int, Tensor], None] | None = None,
+    skip: frozenset[Layer] = frozenset(),
+) -> GramSums:
+    """Run ``forward(chunk)`` for every chunk and sum the Gram matrices of all watched layers.
+
+    ``keep(chunk, output)`` receives the block's outputs in order. Raises NotFinite naming the layer.
+    """
+    # One layer stands for all that read the same input.
+    chosen: dict[str, Layer] = {}
+    for layer in weights:
+        chosen.setdefault(layer.inputs, layer)
+    watched = {layer: weights[layer] for layer in chosen.values()}
+
+    def work(chunk: int) -> tuple[GramSums, Tensor]:
+        sums = GramSums()
+        with torch.inference_mode(), Watch(watched, sums.see, skip):
+            output = forward(chunk)
+        return sums, output
+
+    total = GramSums()
+    for chunk, (sums, output) in enumerate(in_order(work, chunks, workers)):
+        total.add(sums)
+        if keep is not None:
+            keep(chunk, output)
+    return total
+
+
+@dataclass
+class OutputMoments:
+    """Second moments of the loss's gradient at layer outputs, ``Σ_tokens g²`` per output row.
+
+    Keyed by ``(layer name, copy)``; ``tokens`` counts the positions summed.
+    """
+
+    sums: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    tokens: dict[tuple[str, int], int] = field(default_factory=dict)
+
+    def see(self, use: Use) -> None:
+        if not use.output.requires_grad:
+            return
+        key = (use.layer.name, use.copy)
+
+        def arrived(gradient: Tensor) -> None:
+            flat = gradient.detach().to(torch.float32).reshape(-1, gradient.shape[-1])
+            product = (flat * flat).sum(0)
+            self.sums[key] = self.sums[key] + product if key in self.sums else product
+            self.tokens[key] = self.tokens.get(key, 0) + len(flat)
+
+        use.output.register_hook(arrived)
+
+    def add(self, other: OutputMoments) -> None:
+        for key, product in other.sums.items():
+            self.sums[key] = self.sums[key] + product if key in self.sums else product
+            self.tokens[key] = self.tokens.get(key, 0) + other.tokens[key]

@@ -1,0 +1,85 @@
+"""Measured rate–distortion points: a sample of a layer's rows, encoded with the real solver by each candidate.
+
+Rows are independent given the Gram matrix, so the sample's distortion estimates the layer's, at the share of the cost
+that the sample is of the layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tersor.contracts import Codec, DirectCodec, LeafCodec, Solver
+from tersor.statistics.sensitivity import Objective
+
+_ROWS = 4096
+"""Rows turned to float32 at a time, so that an embedding is never there twice."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Rows of a layer that stand for all.
+
+    ``rows (n,)``: their numbers, ascending; ``weight (n, in)`` float32; ``shares (n,)`` float64: one over the chance of
+    each row to be drawn, scaled so that sums weighted by them estimate sums over the layer.
+    """
+
+    rows: Tensor
+    weight: Tensor
+    shares: Tensor
+
+
+def draw_sample(weight: Tensor, objective: Objective, *, count: int, seed: int) -> Sample:
+    """``count`` rows (or all) without replacement, half by chance and half by their share of the objective.
+
+    ``weight (out, in)`` of any float dtype. Estimates are ratios to the objective's value at ``W`` itself, which is
+    known for all rows: they vary far less than plain ones when a few rows carry most of the weight, and drawing by
+    share makes sure that those rows are there.
+    """
+    out = weight.shape[0]
+    energy = torch.cat([
+        objective.distortion(weight[start : start + _ROWS].float(), torch.arange(start, min(start + _ROWS, out)))
+        for start in range(0, out, _ROWS)
+    ]).double().clamp(min=0)  # fmt: skip
+    total = float(energy.sum())
+    if count >= out:
+        return Sample(torch.arange(out), weight.float(), torch.ones(out, dtype=torch.float64))
+    generator = torch.Generator().manual_seed(seed)
+    chance = torch.full_like(energy, 1.0 / out)
+    if total > 0:
+        chance = 0.5 * chance + 0.5 * energy / total
+    # Keys chance / Exp(1), largest first, draw without replacement in proportion to `chance`.
+    noise = torch.empty(out, dtype=torch.float64).exponential_(generator=generator)
+    rows = torch.topk(chance / noise, count).indices.sort().values
+    shares = 1.0 / (chance[rows] * count).clamp(max=1.0)
+    estimate = float((shares * energy[rows]).sum())
+    if estimate > 0:
+        shares = shares * (total / estimate)
+    return Sample(rows, weight[rows].float(), shares)
+
+
+def encode_rows(weight: Tensor, codec: Codec, solver: Solver, prepared: Any) -> tuple[dict[str, Tensor], Tensor]:
+    """Stored tensors and decoded values of some rows ``(n, in)``, with the given solver where the codec needs one."""
+    shape = (weight.shape[0], weight.shape[1])
+    if isinstance(codec, LeafCodec):
+        encoded = solver.solve(weight, codec, prepared)
+        return codec.pack(encoded, shape), codec.values(encoded, shape[1])
+    assert isinstance(codec, DirectCodec)
+    tensors = codec.encode(weight)
+    return tensors, codec.decode(tensors, shape)
+
+
+def measure(
+    sample: Sample, objective: Objective, candidates: Sequence[Codec], solver: Solver, prepared: Any
+) -> list[float]:
+    """Distortion of the whole layer, estimated from the sample, for each candidate."""
+    distortions = []
+    for codec in candidates:
+        _, values = encode_rows(sample.weight, codec, solver, prepared)
+        loss = objective.distortion(sample.weight - values, sample.rows).double()
+        distortions.append(max(float((loss * sample.shares).sum()), 0.0))
+    return distortions

@@ -1,0 +1,150 @@
+"""How much each layer's error matters: second-order estimates of KL from one backward pass.
+
+To second order the KL of a perturbed model is ``½ δᵀ F δ`` per token, ``F`` the Fisher information of the next-token
+distribution. For an error ``E`` of one layer with inputs ``x`` and output gradients ``g`` (of the log-likelihood of
+labels *sampled from the model*, which makes it the true Fisher, arXiv:2002.08056 §2) this is ``½ E[(gᵀ E x)²]``; taking
+gradients and inputs as independent, and gradients as uncorrelated between rows (K-FAC's assumption with a diagonal
+output side, arXiv:1503.05671), it becomes ``½ Σ_r E[g_r²] · e_r H e_rᵀ``: the layer objective with row weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tersor.contracts import Gram, Layer
+from tersor.statistics.collect import OutputMoments, Watch, in_order
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The quadratic form that prices a layer's error in nats of KL per token: ``D(E) = Σ_r rows_r · e_r H e_rᵀ``.
+
+    ``rows (out,)`` float32; ``gram`` of the layer's input (for an embedding: see :func:`embedding_objective`).
+    """
+
+    rows: Tensor
+    gram: Gram
+
+    def distortion(self, error: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Price of each row of ``error (n, in)``; ``rows``: which rows these are, default all."""
+        weights = self.rows if rows is None else self.rows[rows]
+        return ((error @ self.gram.matrix) * error).sum(1) * weights
+
+
+def backward_block(
+    run: Callable[[Tensor], Tensor],
+    inputs: Callable[[int], Tensor],
+    gradients: Callable[[int], Tensor],
+    chunks: int,
+    weights: Mapping[Layer, Tensor],
+    *,
+    workers: int,
+    keep: Callable[[int, Tensor], None],
+) -> OutputMoments:
+    """One block's step of the backward pass: gradients at its output in, gradients at its input out.
+
+    ``inputs(chunk)`` and ``gradients(chunk)`` give the block's stored inputs and the gradient arriving at its outputs,
+    ``(B, T, d)``; ``keep(chunk, gradient)`` receives the gradient at its inputs. The block is run again with gradients
+    on, so that nothing but block inputs need be stored.
+    """
+
+    def work(chunk: int) -> tuple[OutputMoments, Tensor]:
+        moments = OutputMoments()
+        hidden = inputs(chunk).clone().requires_grad_(True)
+        with torch.enable_grad():
+            with Watch(weights, moments.see):
+                output = run(hidden)
+            output.backward(gradients(chunk).to(output.dtype))
+        assert hidden.grad is not None
+        return moments, hidden.grad
+
+    total = OutputMoments()
+    for chunk, (moments, gradient) in enumerate(in_order(work, chunks, workers)):
+        total.add(moments)
+        keep(chunk, gradient)
+    return total
+
+
+def backward_head(
+    head: Callable[[Tensor], Tensor],
+    inputs: Callable[[int], Tensor],
+    chunks: int,
+    weights: Mapping[Layer, Tensor],
+    *,
+    seed: int,
+    workers: int,
+    keep: Callable[[int, Tensor], None],
+) -> OutputMoments:
+    """The first step: labels sampled from the model's own distribution, gradient of their summed log-likelihood.
+
+    Labels are drawn per chunk from a generator seeded by ``(seed, chunk)``.
+    """
+
+    def work(chunk: int) -> tuple[OutputMoments, Tensor]:
+        moments = OutputMoments()
+        hidden = inputs(chunk).clone().requires_grad_(True)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + chunk)
+        with torch.enable_grad():
+            with Watch(weights, moments.see):
+                logits = head(hidden)
+            flat = logits.float().reshape(-1, logits.shape[-1])
+            noise = torch.empty_like(flat).exponential_(generator=generator)
+            # argmax(p / Exp(1)) draws from p (the exponential race), without a cumulative sum over the vocabulary.
+            labels = (flat.detach().softmax(-1) / noise).argmax(-1)
+            torch.nn.functional.cross_entropy(flat, labels, reduction="sum").backward()
+        assert hidden.grad is not None
+        return moments, hidden.grad
+
+    total = OutputMoments()
+    for chunk, (moments, gradient) in enumerate(in_order(work, chunks, workers)):
+        total.add(moments)
+        keep(chunk, gradient)
+    return total
+
+
+def linear_objective(gram: Gram, moments: OutputMoments, layer: Layer, copy: int = 0) -> Objective:
+    """The objective of a linear layer (or of one expert) from its Gram matrix and output gradients.
+
+    A fallback of flat row weights is used where no gradient arrived (an expert that no token chose).
+    """
+    key = (layer.name, copy)
+    if key not in moments.sums or moments.tokens[key] == 0:
+        return Objective(torch.full((layer.shape[0],), 1e-8), gram)
+    return Objective(0.5 * moments.sums[key] / moments.tokens[key], gram)
+
+
+def embedding_objective(
+    frequency: Tensor, gradient_moment: Tensor, *, head_gram: Gram | None = None, head_rows: Tensor | None = None
+) -> Objective:
+    """The objective of an embedding, and of the head too where the two are tied.
+
+    As an embedding, an error in row ``v`` costs ``½ f_v Σ_j e_vj² c_j``: ``f`` the token's frequency, ``c (in,)`` the
+    second moment of the gradient at the embedding's output. As a head it costs ``½ g_v · e_v H e_vᵀ`` with ``g_v`` the
+    second moment of the logit's gradient, ``E[p_v (1 − p_v)]``. Both row weights are token frequencies in essence, so
+    the sum is put in one form: rows weighted by ``g / Σg`` and the matrix ``Σg · H + diag(c)``.
+    """
+    diagonal = torch.diag(gradient_moment)
+    if head_gram is None or head_rows is None:
+        return Objective(0.5 * frequency, Gram(diagonal, 0))
+    total = head_rows.sum()
+    return Objective(0.5 * head_rows / total, Gram(total * head_gram.matrix + diagonal, head_gram.tokens))
+
+
+def token_frequency(ids: Tensor, vocabulary: int) -> Tensor:
+    """Share of each token in ``ids``, ``(vocabulary,)``, half a count added so that unseen tokens are not free."""
+    counts = torch.bincount(ids.reshape(-1), minlength=vocabulary).to(torch.float32) + 0.5
+    return counts / counts.sum()
+
+
+__all__ = [
+    "Objective",
+    "backward_block",
+    "backward_head",
+    "embedding_objective",
+    "linear_objective",
+    "token_frequency",
+]
