@@ -1,0 +1,1 @@
+"""What runs a packed model in plain torch."""
