@@ -1,0 +1,11 @@
+"""What a model is made of, found from its structure and its weight files."""
+
+from __future__ import annotations
+
+from tersor.anatomy.cache import cache_folder
+from tersor.anatomy.shards import TensorInfo
+from tersor.anatomy.source import Source, open_source
+from tersor.anatomy.structure import analyse, skeleton
+from tersor.anatomy.weights import WeightLoader
+
+__all__ = ["Source", "TensorInfo", "WeightLoader", "analyse", "cache_folder", "open_source", "skeleton"]

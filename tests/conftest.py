@@ -1,0 +1,31 @@
+"""What tests of several folders share. This file also puts ``tests`` on the path: ``import tiny_models`` works."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny_models
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """Tests run in parallel as processes; more threads in each would only be in each other's way."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Family name (and keyword arguments of its configuration) to a model folder, made once."""
+
+    @functools.cache
+    def make(family: str, *, shard: str = "1GB", dtype: torch.dtype = torch.float32, **options: object) -> Path:
+        folder = tmp_path_factory.mktemp(family)
+        tiny_models.build(family, dtype=dtype, **options).save_pretrained(folder, max_shard_size=shard)
+        return folder
+
+    return make
