@@ -1,0 +1,383 @@
+"""Decode a tersor artifact with NumPy alone: no torch, no safetensors, nothing else of tersor.
+
+The reference decoder of ``SPEC.md``, written to be read. It runs by itself::
+
+    python decoder_numpy.py FOLDER --list
+    python decoder_numpy.py FOLDER LAYER -o weight.npy
+
+and gives the float32 weight ``(rows, in)`` bit for bit as the specification defines it. Sizes are checked before
+anything is allocated or indexed, so a damaged file ends in one sentence, not in a crash.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import struct
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+HEADER_LIMIT = 100_000_000
+JSON_LIMIT = 256_000_000
+TILE = 1 << 22
+"""Weights decoded at a time; bounds the memory for intermediate values."""
+
+# NumPy has no bfloat16: it is read as the upper half of a float32.
+WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
+WIDTH |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}
+NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "F8_E5M2": "u1"}
+NUMPY |= {"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1"}
+NUMPY |= {"BOOL": "?"}
+
+
+class DecodeError(ValueError):
+    """The artifact cannot be decoded. The message is one sentence: where, expected, found."""
+
+
+@dataclass(frozen=True)
+class Codec:
+    """A codec's text, taken apart. ``group``: columns that share a scale, None for the whole row."""
+
+    kind: str
+    bits: int
+    group: int | None = None
+    asymmetric: bool = False
+    scales: str = "fp16"
+    exponent: int = 0
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a weight file. ``start``: absolute byte offset."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+def parse_codec(text: str) -> Codec:
+    """The codec that a text such as ``int4:g64:asym:s8`` stands for."""
+    if text in ("bf16", "fp16"):
+        return Codec(text, 16)
+    head, *options = text.split(":")
+    match = re.fullmatch(r"(int|fp|lut)(\d)", head)
+    if match is None:
+        raise DecodeError(f"codec '{text}' is not known to this decoder")
+    kind, bits = match[1], int(match[2])
+    groups = [option for option in options if option == "row" or re.fullmatch(r"g[1-9]\d{0,5}", option)]
+    scales = [option for option in options if option in ("bf16", "s8")]
+    floats = [found for option in options if (found := re.fullmatch(r"e(\d)m(\d)", option))]
+    asymmetric = options.count("asym")
+    known = len(groups) + len(scales) + len(floats) + asymmetric
+    if known != len(options) or len(groups) != 1 or len(scales) > 1 or asymmetric > 1:
+        raise DecodeError(f"codec '{text}' has options this decoder does not know, or the same one twice")
+    group = None if groups[0] == "row" else int(groups[0][1:])
+    form = scales[0] if scales else "fp16"
+    if kind == "int" and 1 <= bits <= 8 and not floats:
+        return Codec("int", bits, group, bool(asymmetric), form)
+    if kind == "fp" and bits in (4, 6, 8) and len(floats) == 1 and not asymmetric:
+        exponent = int(floats[0][1])
+        if 1 <= exponent <= 5 and 1 + exponent + int(floats[0][2]) == bits:
+            return Codec("fp", bits, group, False, form, exponent)
+    if kind == "lut" and 2 <= bits <= 4 and options == ["row"]:
+        return Codec("lut", bits)
+    raise DecodeError(f"codec '{text}' is not known to this decoder")
+
+
+def parts_of(codec: Codec, rows: int, columns: int) -> dict[str, tuple[str, tuple[int, int]]]:
+    """Part name to (dtype, shape): exactly the tensors stored for a weight ``(rows, columns)``."""
+    if codec.kind in ("bf16", "fp16"):
+        return {"weight": ("BF16" if codec.kind == "bf16" else "F16", (rows, columns))}
+    parts = {"codes": ("U8", (rows, packed_bytes(columns, codec.bits)))}
+    if codec.kind == "lut":
+        return {**parts, "table": ("F16", (rows, 2**codec.bits))}
+    group = codec.group or columns
+    if columns % group:
+        raise DecodeError(f"a group of {group} does not divide {columns} columns")
+    groups = columns // group
+    if codec.scales == "s8":
+        parts |= {"scale": ("U8", (rows, groups)), "super": ("F16", (rows, 1))}
+    else:
+        parts |= {"scale": ("BF16" if codec.scales == "bf16" else "F16", (rows, groups))}
+    if codec.asymmetric:
+        parts |= {"zero": ("U8", (rows, packed_bytes(groups, codec.bits)))}
+    return parts
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Bytes of ``count`` codes of ``bits`` bits each."""
+    return (count * bits + 7) // 8
+
+
+def unpack(stream: Array, bits: int, count: int) -> Array:
+    """Little-endian bit streams ``(rows, bytes)`` to ``count`` codes a row: code j is bits ``j·bits ...`` of its row.
+
+    >>> unpack(np.array([[0b11_010_001, 0b0_10110_0]], np.uint8), 3, 5).tolist()
+    [[1, 2, 3, 6, 2]]
+    """
+    first = np.arange(count) * bits
+    wide = np.pad(stream, ((0, 0), (0, 1))).astype(np.uint16)  # a code touches at most two bytes
+    two_bytes = wide[:, first // 8] | (wide[:, first // 8 + 1] << 8)
+    codes: Array = (two_bytes >> (first % 8).astype(np.uint16)) & (2**bits - 1)
+    return codes
+
+
+def to_float32(values: Array, dtype: str) -> Array:
+    """Stored numbers to float32, exactly."""
+    if dtype == "BF16":
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32)
+
+
+def float_table(bits: int, exponent: int) -> Array:
+    """The value of every code of a small float, ``(2^bits,)`` float32; NaN for codes that must not occur.
+
+    >>> float_table(4, 2)[:8].tolist()
+    [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    """
+    mantissa = bits - 1 - exponent
+    bias = 2 ** (exponent - 1) - 1
+    table = np.empty(2**bits, np.float32)
+    for code in range(2**bits):
+        sign = -1.0 if code >> (bits - 1) else 1.0
+        field = (code >> mantissa) & (2**exponent - 1)
+        fraction = (code & (2**mantissa - 1)) / 2**mantissa
+        number = (fraction if field == 0 else 1.0 + fraction) * 2.0 ** (max(field, 1) - bias)
+        negative_zero = code == 2 ** (bits - 1)
+        e4m3_nan = (exponent, mantissa) == (4, 3) and code & 0x7F == 0x7F
+        e5m2_special = (exponent, mantissa) == (5, 2) and field == 31
+        table[code] = np.nan if negative_zero or e4m3_nan or e5m2_special else sign * number
+    return table
+
+
+def decode_rows(codec: Codec, parts: Mapping[str, tuple[str, Array]], columns: int) -> Array:
+    """Some rows of every part, as (dtype, array), to the float32 weight ``(rows, columns)``."""
+    if codec.kind in ("bf16", "fp16"):
+        dtype, weight = parts["weight"]
+        return to_float32(weight, dtype)
+    codes = unpack(parts["codes"][1], codec.bits, columns)
+    rows = len(codes)
+    if codec.kind == "lut":
+        table = to_float32(parts["table"][1], "F16")
+        return np.take_along_axis(table, codes.astype(np.intp), axis=1)
+    dtype, stored = parts["scale"]
+    scale = to_float32(stored, dtype)
+    if codec.scales == "s8":
+        scale = to_float32(parts["super"][1], "F16") * scale
+    groups = scale.shape[1]
+    codes = codes.reshape(rows, groups, columns // groups)
+    if codec.kind == "fp":
+        values = float_table(codec.bits, codec.exponent)[codes]
+        if np.isnan(values).any():
+            raise DecodeError(f"found the code {codes[np.isnan(values)][0]:#x}, which stands for no number")
+    elif codec.asymmetric:
+        zero = unpack(parts["zero"][1], codec.bits, groups).astype(np.float32)
+        values = codes.astype(np.float32) - zero[:, :, None]
+    else:
+        values = codes.astype(np.float32) - np.float32((2**codec.bits - 1) / 2)
+    weight = values * scale[:, :, None]
+    return weight.reshape(rows, columns)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of bounded size."""
+    if not path.is_file():
+        raise DecodeError(f"{path} is missing; expected the folder of a tersor artifact")
+    if path.stat().st_size > JSON_LIMIT:
+        raise DecodeError(f"{path.name}: expected at most {JSON_LIMIT} bytes, found {path.stat().st_size}")
+    return parse_json(path.name, path.read_bytes())
+
+
+def parse_json(where: str, raw: bytes) -> dict[str, Any]:
+    """A JSON object from bytes; no key may occur twice."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):
+            raise DecodeError(f"{where}: a key occurs twice in one JSON object")
+        return dict(pairs)
+
+    try:
+        data = json.loads(raw.decode("utf-8"), object_pairs_hook=once)
+    except DecodeError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise DecodeError(f"{where}: expected JSON, found something else ({str(error)[:80]})") from error
+    if not isinstance(data, dict):
+        raise DecodeError(f"{where}: expected a JSON object, found {str(data)[:80]}")
+    return data
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """All tensors of one safetensors file, each checked against the size of the file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= length <= min(HEADER_LIMIT, size - 8):
+            raise DecodeError(f"{path.name}: a header of {length} bytes does not fit a file of {size} bytes")
+        entries = parse_json(f"{path.name} (header)", file.read(length))
+    entries.pop("__metadata__", None)
+    tensors = {name: _stored(path, name, entry, 8 + length, size) for name, entry in entries.items()}
+    position = 8 + length
+    for stored in sorted(tensors.values(), key=lambda stored: (stored.start, stored.nbytes)):
+        if stored.start != position:
+            raise DecodeError(f"{path.name}: expected a tensor at byte {position}, found one at {stored.start}")
+        position += stored.nbytes
+    if position != size:
+        raise DecodeError(f"{path.name}: the tensors end at byte {position}, the file at {size}")
+    return tensors
+
+
+def _stored(path: Path, name: str, entry: Any, data_start: int, size: int) -> Stored:
+    """One header entry, checked; the data section lies between ``data_start`` and ``size``."""
+    where = f"{path.name}: tensor '{name[:80]}'"
+    entry = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in WIDTH or not _sizes(shape):
+        raise DecodeError(f"{where}: expected a known dtype and a shape, found {str(entry)[:80]}")
+    if not _sizes(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= size - data_start:
+        raise DecodeError(f"{where}: expected data_offsets inside the file, found {str(offsets)[:80]}")
+    nbytes = WIDTH[dtype]
+    for n in shape:
+        nbytes *= n
+    if nbytes != offsets[1] - offsets[0]:
+        raise DecodeError(f"{where}: its shape needs {nbytes} bytes, found {offsets[1] - offsets[0]} in the header")
+    return Stored(path, dtype, tuple(shape), data_start + offsets[0], nbytes)
+
+
+def _sizes(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and len(value) <= 16 and all(type(n) is int and 0 <= n < 2**63 for n in value)
+
+
+class Folder:
+    """An artifact: ``layers`` (name to codec text), ``shapes`` (name to ``(rows, in)``), ``tensors`` (by full name)."""
+
+    def __init__(self, path: Path) -> None:
+        quantization = read_json(path / "config.json").get("quantization_config")
+        if not isinstance(quantization, dict) or quantization.get("quant_method") != "tersor":
+            raise DecodeError(f"{path / 'config.json'} has no quantization_config of tersor")
+        if quantization.get("format") != 1:
+            raise DecodeError(f"config.json: expected format 1, found {str(quantization.get('format'))[:80]}")
+        layers, shapes = quantization.get("layers"), read_json(path / "tersor.json").get("shapes")
+        if not isinstance(layers, dict) or not all(isinstance(text, str) for text in layers.values()):
+            raise DecodeError("config.json: expected quantization_config.layers to map names to codecs")
+        if not isinstance(shapes, dict) or not all(
+            _sizes(shapes.get(name)) and len(shapes[name]) == 2 and 0 not in shapes[name] for name in layers
+        ):
+            raise DecodeError("tersor.json: expected 'shapes' to give two positive numbers for every layer")
+        self.layers: dict[str, str] = layers
+        self.shapes: dict[str, tuple[int, int]] = {name: (shapes[name][0], shapes[name][1]) for name in layers}
+        self.tensors: dict[str, Stored] = {}
+        for file in _weight_files(path):
+            self.tensors.update(read_header(file))
+
+    def decode(self, layer: str) -> Array:
+        """The float32 weight ``(rows, in)`` of a layer."""
+        try:
+            return self._decode(layer)
+        except DecodeError as error:
+            raise DecodeError(f"layer '{layer}': {error}") from error
+
+    def _decode(self, layer: str) -> Array:
+        codec = parse_codec(self.layers[layer])
+        rows, columns = self.shapes[layer]
+        found: dict[str, Stored] = {}
+        for part, (dtype, shape) in parts_of(codec, rows, columns).items():
+            stored = self.tensors.get(f"{layer}.{part}")
+            if stored is None or (stored.dtype, stored.shape) != (dtype, shape):
+                have = "none" if stored is None else f"{stored.dtype} {list(stored.shape)}"
+                raise DecodeError(f"tensor '{layer}.{part}': expected {dtype} {list(shape)}, found {have}")
+            found[part] = stored
+        weight = np.empty((rows, columns), np.float32)
+        for start, stop in _tiles(rows, columns):
+            tile = {part: (stored.dtype, read_rows(stored, start, stop)) for part, stored in found.items()}
+            weight[start:stop] = decode_rows(codec, tile, columns)
+        return weight
+
+    def kept(self, name: str) -> Array:
+        """A tensor stored as it is; bfloat16 is widened to float32, 8-bit floats are given as their bytes."""
+        stored = self.tensors[name]
+        raw = np.fromfile(stored.path, "u1", stored.nbytes, offset=stored.start)
+        values: Array = raw.view(NUMPY[stored.dtype]).reshape(stored.shape)
+        return to_float32(values, "BF16") if stored.dtype == "BF16" else values
+
+    def kept_names(self) -> list[str]:
+        """Tensors that belong to no layer."""
+        parts = {
+            f"{layer}.{part}"
+            for layer, text in self.layers.items()
+            for part in parts_of(parse_codec(text), *self.shapes[layer])
+        }
+        return [name for name in self.tensors if name not in parts]
+
+
+def _weight_files(path: Path) -> list[Path]:
+    if (path / "model.safetensors").is_file():
+        return [path / "model.safetensors"]
+    mapping = read_json(path / "model.safetensors.index.json").get("weight_map")
+    if not isinstance(mapping, dict) or not all(isinstance(file, str) for file in mapping.values()):
+        raise DecodeError("model.safetensors.index.json: expected weight_map to map tensor names to files")
+    files = sorted(set(mapping.values()))
+    for file in files:
+        if Path(file).name != file or not (path / file).is_file():
+            raise DecodeError(f"{file[:80]}: expected this weight file, which the index names, found none")
+    return [path / file for file in files]
+
+
+def _tiles(rows: int, columns: int) -> Iterator[tuple[int, int]]:
+    step = max(1, TILE // columns)
+    for start in range(0, rows, step):
+        yield start, min(rows, start + step)
+
+
+def read_rows(stored: Stored, start: int, stop: int) -> Array:
+    """Rows ``start`` to ``stop`` of a stored two-dimensional tensor."""
+    width = stored.shape[1]
+    row_bytes = width * WIDTH[stored.dtype]
+    raw = np.fromfile(stored.path, "u1", (stop - start) * row_bytes, offset=stored.start + start * row_bytes)
+    values: Array = raw.view(NUMPY[stored.dtype]).reshape(stop - start, width)
+    return values
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status: 0, or 2 with one sentence on standard error."""
+    parser = argparse.ArgumentParser(description="Decode a tersor artifact with NumPy alone.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("layer", nargs="?", help="an encoded layer, or a kept tensor")
+    parser.add_argument("-o", "--out", type=Path, help="where to write the decoded array (.npy)")
+    parser.add_argument("--list", action="store_true", help="list layers with codec and shape, and kept tensors")
+    options = parser.parse_args(arguments)
+    if not options.list and (options.layer is None or options.out is None):
+        parser.error("give a LAYER and -o OUT.npy, or --list")
+    try:
+        folder = Folder(options.folder)
+        if options.list:
+            for name, text in folder.layers.items():
+                sys.stdout.write(f"{name}\t{text}\t{list(folder.shapes[name])}\n")
+            for name in folder.kept_names():
+                sys.stdout.write(f"{name}\tkept {folder.tensors[name].dtype}\t{list(folder.tensors[name].shape)}\n")
+        elif options.layer in folder.layers:
+            np.save(options.out, folder.decode(options.layer))
+        elif options.layer in folder.tensors:
+            np.save(options.out, folder.kept(options.layer))
+        else:
+            raise DecodeError(f"{options.folder} has no layer or tensor '{options.layer}'; see --list")
+    except (DecodeError, OSError) as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
