@@ -58,8 +58,8 @@ class Record:
 class Recorder:
     """Takes the place of blocks; one run at a time."""
 
-    class Reached(Exception):  # noqa: N818 - not an error: the run has shown all it can
-        """Raised at the last block, whose result nobody needs."""
+    class Reached(Exception):
+        """Raised at the last block that is wanted: no error, the run has shown all it can."""
 
     def __init__(self) -> None:
         self._record: Record | None = None
