@@ -153,21 +153,19 @@ class Inspection:
     errors: Mapping[str, Mapping[str, float]]
 
 
-def inspect(
-    model: Model, *, progress: Progress = silent, cache_dir: Path | None = None, **settings: Any
-) -> Inspection:
+def inspect(model: Model, *, progress: Progress = silent, cache_dir: Path | None = None, **settings: Any) -> Inspection:
     """Look into an artifact, or find out how compressible a model's layers are, from the weights alone."""
     if isinstance(model, (str, Path)) and (Path(model) / "tersor.json").exists():
         return Inspection(None, open_artifact(Path(model)), {})
-    options = _options(Budget("bpw", 16.0), {"candidates": ("int2:row", "int3:row", "int4:row", "int8:row"), **settings})
+    options = _options(
+        Budget("bpw", 16.0), {"candidates": ("int2:row", "int3:row", "int4:row", "int8:row"), **settings}
+    )
     context = pipeline.light_context(resolve(model), options, progress=progress, cache_dir=cache_dir)
     with pipeline.one_thread_each():
         records = fast_curves(context)
     # A flat objective prices a layer's whole energy at 1e-8 a weight; undo that to get the relative error.
     errors = {
-        layer.name: {
-            text: value / (layer.parameters * 1e-8) for text, value in records[layer.name]["points"].items()
-        }
+        layer.name: {text: value / (layer.parameters * 1e-8) for text, value in records[layer.name]["points"].items()}
         for layer in context.anatomy.layers
     }
     return Inspection(context.anatomy, None, errors)

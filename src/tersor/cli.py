@@ -22,8 +22,12 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Argument(help="Model: a folder, a .gguf file, a hub id, or 'demo'.")]
-Size = Annotated[str | None, typer.Option(help="Budget for all weight files: 60MB, 1.5GiB, bytes, or 25% of the source.")]
-Memory = Annotated[str | None, typer.Option(help="Budget for the weights in memory while running, written like --size.")]
+Size = Annotated[
+    str | None, typer.Option(help="Budget for all weight files: 60MB, 1.5GiB, bytes, or 25% of the source.")
+]
+Memory = Annotated[
+    str | None, typer.Option(help="Budget for the weights in memory while running, written like --size.")
+]
 Bpw = Annotated[float | None, typer.Option(help="Budget in bits per weight, embeddings, head and headers included.")]
 Text = Annotated[
     str | None, typer.Option(help="Calibration text: .txt, .jsonl, .parquet or a hub data set. Default: sampled.")
@@ -73,8 +77,12 @@ def plan(
     size: Size = None,
     memory: Memory = None,
     bpw: Bpw = None,
-    fast: Annotated[bool, typer.Option("--fast", help="From the weights alone, in seconds, without calibration.")] = False,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan here, to edit and feed back.")] = None,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="From the weights alone, in seconds, without calibration.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the plan here, to edit and feed back.")
+    ] = None,
     text: Text = None,
     text_field: Field = None,
     text_split: Split = "train",

@@ -70,6 +70,7 @@ class Result:
     bits_per_weight: float
     sample: tuple[str, str] | None
     notes: tuple[str, ...]
+    stages: Mapping[str, float]
     resumed: bool = False
 
 
@@ -102,7 +103,9 @@ def one_thread_each() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def examine(model: str | Path | nn.Module, options: Options, *, cache_dir: Path | None = None) -> tuple[Source, nn.Module, Anatomy]:
+def examine(
+    model: str | Path | nn.Module, options: Options, *, cache_dir: Path | None = None
+) -> tuple[Source, nn.Module, Anatomy]:
     """A model's source, its skeleton on the meta device, and its anatomy. Loads no weights."""
     source = open_source(
         model, cache_dir=cache_dir, revision=options.revision, trust_remote_code=options.trust_remote_code
@@ -147,7 +150,9 @@ def plan(
     key = hashlib.sha256(json.dumps([source.fingerprint(), options.identity()]).encode()).hexdigest()[:16]
     work = Work(work_folder or cache / "plans" / key)
     context = _context(source, body, anatomy, options, work, workers, progress)
-    check_feasible(anatomy, target, {layer.name: curve_stage.layer_candidates(context, layer) for layer in anatomy.layers})
+    check_feasible(
+        anatomy, target, {layer.name: curve_stage.layer_candidates(context, layer) for layer in anatomy.layers}
+    )
     notes: tuple[str, ...] = anatomy.notes
     with one_thread_each():
         if fast:
@@ -252,6 +257,7 @@ def _run(
         bits_per_weight=8 * made.file_bytes / anatomy.parameters,
         sample=(samples[0][0], samples[0][2]) if samples else None,
         notes=notes,
+        stages=clock.stages,
         resumed=resumed,
     )
 

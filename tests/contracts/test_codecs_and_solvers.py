@@ -97,7 +97,9 @@ class TestEveryPair:
         _, part = solved(solver, codec, weight[5:17], gram)
         # A matrix product may round differently for other numbers of rows; a code on a tie may then differ.
         assert (whole[5:17] != part).float().mean() < 0.02
-        assert distortion(weight[5:17] - part, gram) == pytest.approx(distortion(weight[5:17] - whole[5:17], gram), rel=0.01)
+        assert distortion(weight[5:17] - part, gram) == pytest.approx(
+            distortion(weight[5:17] - whole[5:17], gram), rel=0.01
+        )
 
     def test_never_worse_than_nearest(self, text: str, solver: Solver) -> None:
         codec = leaf(text)
@@ -144,7 +146,9 @@ def test_text_round_trip(text: str) -> None:
     rows=st.integers(1, 40),
     groups=st.integers(1, 5),
 )
-def test_integer_text_and_bits(bits: int, group: int | None, scales: str, asymmetric: bool, rows: int, groups: int) -> None:
+def test_integer_text_and_bits(
+    bits: int, group: int | None, scales: str, asymmetric: bool, rows: int, groups: int
+) -> None:
     codec = Integer(bits, group, scales, asymmetric)  # type: ignore[arg-type]
     assert parse(str(codec)) == codec
     columns = (group or 56) * groups

@@ -67,9 +67,7 @@ def test_fit_uniform_is_as_good_as_its_specification(
     shrinks = torch.linspace(0.4, 1.0, 9)
     losses = []
     for module in (kernels, reference):
-        scale, zero = module.fit_uniform(
-            weight, importance, levels=2**bits, asymmetric=asymmetric, shrinks=shrinks
-        )
+        scale, zero = module.fit_uniform(weight, importance, levels=2**bits, asymmetric=asymmetric, shrinks=shrinks)
         assert (scale > 0).all()
         grid = ScalarGrid(scale[:, None], zero[:, None], None, 2**bits, group)
         _, values = kernels.nearest(weight, grid, torch.arange(group))

@@ -72,7 +72,8 @@ def core(problem: Problem, relaxation: Relaxation, best: float) -> Ints:
 
 def _useful(problem: Problem, relaxation: Relaxation, picks: Ints) -> Ints:
     points = core(problem, relaxation, problem.cost(picks))
-    return points[points != picks[problem.owner[points]]]
+    others: Ints = points[points != picks[problem.owner[points]]]
+    return others
 
 
 def _exchange(problem: Problem, picks: Ints, points: Ints) -> Ints | None:
@@ -104,7 +105,7 @@ def _exchange(problem: Problem, picks: Ints, points: Ints) -> Ints | None:
                 break
     if found is None:
         return None
-    exchanged = picks.copy()
+    exchanged: Ints = picks.copy()
     exchanged[[found[0], found[2]]] = found[1], found[3]
     return exchanged
 

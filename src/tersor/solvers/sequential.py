@@ -13,7 +13,14 @@ from tersor.contracts import LeafCodec, Side
 
 
 def sequential_round(
-    codec: LeafCodec, side: Side, target: Tensor, *, reference: Tensor, mixing: Tensor, columns: Tensor, in_features: int
+    codec: LeafCodec,
+    side: Side,
+    target: Tensor,
+    *,
+    reference: Tensor,
+    mixing: Tensor,
+    columns: Tensor,
+    in_features: int,
 ) -> tuple[Tensor, Tensor]:
     """Codes ``(rows, n / span)`` and values ``(rows, n)`` for a block of ``n`` columns.
 

@@ -77,9 +77,7 @@ def check_feasible(anatomy: Anatomy, budget: int, candidates: Mapping[str, Mappi
         )
 
 
-def make_plan(
-    anatomy: Anatomy, curves: Mapping[str, list[RatePoint]], budget: int, options: Options
-) -> Plan:
+def make_plan(anatomy: Anatomy, curves: Mapping[str, list[RatePoint]], budget: int, options: Options) -> Plan:
     """Least predicted loss within ``budget`` bytes of weight files."""
     costs = Costs(anatomy, budget)
     allocator: Allocator = Exact() if options.allocator == "exact" else Lagrangian()

@@ -19,7 +19,7 @@ from tersor.stages.options import default_candidates, usable
 from tersor.stages.sensitivity import advance, head_parameter, load_moments
 from tersor.stages.work import Hidden
 from tersor.statistics.collect import GramSums, OutputMoments, collect_grams, in_order
-from tersor.statistics.curves import draw_sample, encode_rows, measure
+from tersor.statistics.curves import draw_sample, measure
 from tersor.statistics.sensitivity import Objective, embedding_objective, linear_objective, token_frequency
 
 STAGE = "curves"
@@ -67,7 +67,7 @@ def measure_curves(context: Context, ids: Tensor, *, points: bool = True) -> Non
         first = next((k for k in range(blocks) if not context.work.has(f"curves/block-{k}.json")), blocks)
         if first == 0 and not stores[0].complete:
             for chunk in range(stores[0].chunks):
-                with torch.inference_mode():
+                with torch.no_grad():
                     stores[0].write(chunk, stream.embed(ids[stores[0].sequences(chunk)]))
             stores[0].finish()
         for block in range(first, blocks):

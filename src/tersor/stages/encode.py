@@ -46,7 +46,10 @@ def encode_model(context: Context, codecs: Mapping[str, Codec], writer: Artifact
     stream = context.stream()
     stores = [
         context.work.hidden(
-            f"encode-{k}", (*ids.shape, context.model.config.get_text_config().hidden_size), context.dtype, context.chunk
+            f"encode-{k}",
+            (*ids.shape, context.model.config.get_text_config().hidden_size),
+            context.dtype,
+            context.chunk,
         )
         for k in range(blocks + 1)
     ]
@@ -99,7 +102,7 @@ def _embed(
             return {**found, **({embedding.parameter: decoded} if embedding.parameter in names else {})}
 
         stream = BlockStream(context.model, context.anatomy, load_compressed, dtype=context.dtype)
-    with torch.inference_mode():
+    with torch.no_grad():
         for chunk in range(store.chunks):
             store.write(chunk, stream.embed(ids[store.sequences(chunk)]))
     store.finish()
@@ -242,5 +245,3 @@ def _errors(weight: Tensor, values: Tensor, gram: Gram | None) -> list[float]:
     if gram is None:
         return [*sums, 0.0, 0.0]
     return [*sums, *(float(((m @ gram.matrix) * m).double().sum()) for m in (error, weight))]
-
-

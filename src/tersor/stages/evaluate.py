@@ -20,7 +20,12 @@ from tersor.stages.verify import Pair, artifact_loader, measure_quality
 
 
 def evaluate_model(
-    path: Path, reference: str | Path | nn.Module | None, options: Options, *, progress: Progress, cache_dir: Path | None
+    path: Path,
+    reference: str | Path | nn.Module | None,
+    options: Options,
+    *,
+    progress: Progress,
+    cache_dir: Path | None,
 ) -> Quality:
     """Quality of the artifact or model at ``path`` on the text that ``options`` names.
 

@@ -68,6 +68,8 @@ def write_folder(
     for path in context.source.side_files:
         shutil.copyfile(path, folder / path.name)
     config: dict[str, Any] = json.loads((context.source.path / "config.json").read_text())
+    # A head declared tied whose weights differ in the files is a layer of its own; the model class must know.
+    config["tie_word_embeddings"] = bool(getattr(context.model.config, "tie_word_embeddings", False))
     config["quantization_config"] = quantization_config({name: str(codec) for name, codec in codecs.items()})
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     sha256 = write_calibration(folder, texts.calibration.ids)
@@ -78,9 +80,7 @@ def write_folder(
         plan=plan,
         shapes={layer.name: layer.stored_shape for layer in anatomy.layers},
         kept=dict(anatomy.kept),
-        text=TextRecord(
-            texts.calibration.origin, int(texts.calibration.ids.numel()), texts.calibration.seed, sha256
-        ),
+        text=TextRecord(texts.calibration.origin, int(texts.calibration.ids.numel()), texts.calibration.seed, sha256),
         errors={name: unit["relative_error"] for name, unit in units.items()},
         notes=anatomy.notes,
         files=hash_files(folder),
@@ -122,7 +122,9 @@ def verify(context: Context, folder: Path, plan: Plan, texts: Texts) -> Quality:
         reference.close()
         compressed.close()
     if quality.kl != quality.kl:
-        raise VerificationFailed("The compressed model gives NaN on the evaluation text; see the layer errors in the plan.")
+        raise VerificationFailed(
+            "The compressed model gives NaN on the evaluation text; see the layer errors in the plan."
+        )
     write_manifest(folder, replace(read_manifest(folder), quality=quality))
     return quality
 

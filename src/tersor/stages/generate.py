@@ -39,7 +39,7 @@ def generate_text(
         ids = tokenizer(prompt, return_tensors="pt")
     choice = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     streamer = None if on_text is None else _Pieces(tokenizer, on_text)
-    with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         output = model.generate(**ids, max_new_tokens=tokens, streamer=streamer, **choice)
     return str(tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))

@@ -57,9 +57,7 @@ def write(context: Context, findings: Findings, output: Path) -> None:
         source_bytes=context.anatomy.source_bytes,
         budget=findings.plan.budget,
         file_bytes=findings.plan.file_bytes,
-        kept_bytes=sum(
-            torch.Size(shape).numel() * dtype.itemsize for dtype, shape in context.anatomy.kept.values()
-        ),
+        kept_bytes=sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in context.anatomy.kept.values()),
         layers=_layers(context, findings),
         tensors=context.anatomy.tensors,
         head=context.anatomy.head,
@@ -96,9 +94,7 @@ def write(context: Context, findings: Findings, output: Path) -> None:
 
 def _texts(texts: Texts) -> tuple[TextRecord, ...]:
     both = (("calibration", texts.calibration), ("evaluation", texts.evaluation))
-    return tuple(
-        TextRecord(role, batch.origin, int(batch.ids.numel()), ids_sha256(batch.ids)) for role, batch in both
-    )
+    return tuple(TextRecord(role, batch.origin, int(batch.ids.numel()), ids_sha256(batch.ids)) for role, batch in both)
 
 
 def _layers(context: Context, findings: Findings) -> tuple[LayerReport, ...]:

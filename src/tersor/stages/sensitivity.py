@@ -76,7 +76,7 @@ def _forward(context: Context, stream: BlockStream, ids: Tensor, total: int) -> 
     width = context.model.config.get_text_config().hidden_size
     stores = [_store(context, f"{k}", ids, width, context.dtype) for k in range(blocks + 1)]
     if not stores[0].complete:
-        with torch.inference_mode():
+        with torch.no_grad():
             for chunk in range(stores[0].chunks):
                 stores[0].write(chunk, stream.embed(ids[stores[0].sequences(chunk)]))
         stores[0].finish()
@@ -95,7 +95,7 @@ def advance(
     """Run all chunks of hidden states through a materialised block, from one store to the next."""
 
     def work(chunk: int) -> Tensor:
-        with torch.inference_mode():
+        with torch.no_grad():
             return stream.run(module, block, before.read(chunk))
 
     for chunk, hidden in enumerate(in_order(work, before.chunks, context.workers)):

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from tersor.anatomy import Source
@@ -97,6 +96,7 @@ def _sampled(
         model = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.bfloat16).eval()
         return sample_text(
             model,
+            load_tokenizer(source),
             sequences=sequences,
             length=options.length,
             seed=options.seed,
@@ -105,5 +105,3 @@ def _sampled(
         )
 
     return cached_sample(cache / "text", key, make)
-
-

@@ -91,7 +91,7 @@ def measure_quality(
     pieces = [slice(at, min(at + chunk, sequences)) for at in range(0, sequences, chunk)]
     states: list[list[Tensor]] = []
     for stream in (pair.reference, pair.compressed):
-        with torch.inference_mode():
+        with torch.no_grad():
             states.append([stream.embed(ids[piece]) for piece in pieces])
     for block in range(blocks):
         for number, stream in enumerate((pair.reference, pair.compressed)):
@@ -100,7 +100,7 @@ def measure_quality(
                 def work(
                     index: int, number: int = number, stream: BlockStream = stream, module: torch.nn.Module = module
                 ) -> Tensor:
-                    with torch.inference_mode():
+                    with torch.no_grad():
                         return stream.run(module, block, states[number][index])
 
                 states[number] = list(in_order(work, len(pieces), workers))
@@ -121,7 +121,7 @@ def _compare(pair: Pair, reference: Tensor, compressed: Tensor, targets: Tensor,
 
     def work(index: int):  # type: ignore[no-untyped-def]
         here = slice(index * HEAD_TOKENS, (index + 1) * HEAD_TOKENS)
-        with torch.inference_mode():
+        with torch.no_grad():
             first = pair.reference.head(reference[:, here])[0]
             second = pair.compressed.head(compressed[:, here])[0]
         return compare_logits(first, second, targets[here])

@@ -78,9 +78,7 @@ def _operands(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tupl
     return None, None
 
 
-def in_order(
-    work: Callable[[int], Result], count: int, workers: int
-) -> Iterator[Result]:
+def in_order(work: Callable[[int], Result], count: int, workers: int) -> Iterator[Result]:
     """Results of ``work(0) … work(count − 1)`` in order, at most ``workers`` at a time and waiting.
 
     Whatever the number of workers, each piece is computed alike and results are consumed in the same order: that is
@@ -162,7 +160,7 @@ def collect_grams(
 
     def work(chunk: int) -> tuple[GramSums, Tensor]:
         sums = GramSums()
-        with torch.inference_mode(), Watch(watched, sums.see, skip):
+        with torch.no_grad(), Watch(watched, sums.see, skip):
             output = forward(chunk)
         return sums, output
 

