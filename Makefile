@@ -17,7 +17,7 @@ MADE_OF := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/tersor/k
 USER := $(VENV)/.installed
 DEVELOPER := $(VENV)/.installed-for-development
 comma := ,
-SLOW := note: no C++ compiler was found; everything works, but encoding takes several times as long
+SLOW := note: no C++ compiler was found; everything works, but encoding takes about three times as long
 
 .PHONY: demo test lint bench bench-allocation clean
 .DELETE_ON_ERROR:
