@@ -176,8 +176,9 @@ def sample_text(
     ``model``: a causal language model of transformers on the CPU, in evaluation mode; its attention implementation is
     exchanged meanwhile. ``tokenizer``: says which tokens are special and where the vocabulary ends, which token
     begins a text, and how conversations look; without it, only the ids in the configuration are known to be special.
-    ``batch``: sequences in a sub-batch; the bytes depend on it, memory for keys and values and speed grow with it.
-    ``workers``: sub-batches at a time. The caller sets torch to one thread, or the bytes depend on their number.
+    ``batch``: sequences in a sub-batch at most; the bytes depend on it, and speed and memory for keys and values grow
+    with it. ``workers``: sub-batches at a time. The caller sets torch to one thread, or the bytes depend on how many
+    it uses.
     ``chat_share``: share of sequences that are conversations, where the tokenizer has a chat template.
     ``progress``: called with tokens done and in all, from any thread, one call at a time.
 
@@ -190,18 +191,19 @@ def sample_text(
     frame = _frame(model, tokenizer, chat_share > 0)
     tick = _ticker(sequences * length, progress)
     stop = threading.Event()
+    size = _sub_batch(sequences, batch)
 
     def work(index: int, new_step: Callable[[], Step]) -> Tensor:
         generator = _generator(seed, index)
         # Conversations are spread evenly, so that any run of sequences holds its share of them.
         rows = [
             _Row(frame, generator, chat=frame.chat is not None and int((n + 1) * chat_share) > int(n * chat_share))
-            for n in range(index * batch, min((index + 1) * batch, sequences))
+            for n in range(index * size, min((index + 1) * size, sequences))
         ]
         return _write(rows, new_step(), length=length, limit=frame.limit, generator=generator, tick=tick, stop=stop)
 
     with decoder(model, length=length) as new_step, ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(work, index, new_step) for index in range(-(-sequences // batch))]
+        futures = [pool.submit(work, index, new_step) for index in range(-(-sequences // size))]
         try:
             ids = torch.cat([future.result() for future in futures])
         finally:
@@ -210,6 +212,16 @@ def sample_text(
             for future in futures:
                 future.cancel()
     return TokenBatch(ids, ORIGIN, seed)
+
+
+def _sub_batch(sequences: int, most: int) -> int:
+    """Sequences in each sub-batch: an even number of them of about equal size, so that two cores end together.
+
+    >>> _sub_batch(160, 64)   # four of 40, not two of 64 and one of 32
+    40
+    """
+    count = -(-sequences // most)
+    return -(-sequences // (count + count % 2))
 
 
 def _write(
@@ -252,8 +264,7 @@ def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 def _invert(logits: Tensor, uniform: Tensor) -> Tensor:
     """The tokens at which the cumulative distributions of ``logits (n, vocabulary)`` pass ``uniform (n, 1)``."""
-    weights = logits.to(torch.float32, copy=True)
-    weights = weights.sub_(weights.amax(-1, keepdim=True)).exp_().cumsum_(-1)
+    weights = torch.softmax(logits, dim=-1, dtype=torch.float32).cumsum_(-1)
     total = weights[:, -1:]
     if not torch.isfinite(total).all():
         raise NotFinite("The model's logits have NaN or infinite values while sampling text; check its weights.")

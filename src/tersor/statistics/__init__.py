@@ -1,0 +1,1 @@
+"""What is measured before planning: text as token ids, Gram matrices, sensitivities, rate-distortion curves."""
