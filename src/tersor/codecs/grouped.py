@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tersor import kernels
 from tersor.codecs.packing import pack, packed_width, unpack
+from tersor.codecs.refit import least_squares, quadratic
 from tersor.codecs.scales import ScaleFormat, pack_scales, scale_parts, storable, unpack_scales
 from tersor.contracts import Encoded, LeafCodec, Part, ScalarGrid, Shape, Side
 from tersor.errors import ShapeMismatch
@@ -98,27 +99,22 @@ class GroupedScalar(LeafCodec):
         """
         rows, columns = weight.shape
         side = dict(encoded.side)
-        grid = self.grid(side, columns)
-        groups = grid.scale.shape[1]
+        groups = side["scale"].shape[1]
         unit = self.values(Encoded(encoded.codes, {**side, "scale": torch.ones_like(side["scale"])}), columns)
         blocks = unit.reshape(rows, groups, -1)
-        normal = torch.empty(rows, groups, groups)
         width = columns // groups
+        normal = torch.empty(rows, groups, groups)
         for g in range(groups):
-            spread = blocks[:, g] @ gram[g * width : (g + 1) * width]
-            normal[:, g] = (spread.reshape(rows, groups, width) * blocks).sum(2)
+            spread = blocks[:, g] @ gram[g * width : (g + 1) * width, g * width :]
+            row = (spread.reshape(rows, groups - g, width) * blocks[:, g:]).sum(2)
+            normal[:, g, g:] = row
+            normal[:, g:, g] = row
         right = ((weight @ gram).reshape(rows, groups, width) * blocks).sum(2)
-        normal.diagonal(dim1=1, dim2=2).add_(1e-6 * normal.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-30)
-        solution, failed = torch.linalg.solve_ex(normal, right)
-        usable = (failed == 0)[:, None] & torch.isfinite(solution) & (solution > 0)
-        stored = storable(torch.where(usable, solution, side["scale"]), self.scales)
-        old, new = side["scale"], stored["scale"]
-
-        def loss(scale: Tensor) -> Tensor:
-            return ((scale[:, None] @ normal).squeeze(1) * scale).sum(1) - 2 * (right * scale).sum(1)
-
-        better = (loss(new) < loss(old))[:, None]
-        return {name: torch.where(better, stored.get(name, tensor), tensor) for name, tensor in side.items()}
+        wanted = least_squares(normal, right)
+        usable = torch.isfinite(wanted) & (wanted > 0)
+        stored = storable(torch.where(usable, wanted, side["scale"]), self.scales)
+        better = quadratic(normal, right, stored["scale"]) < quadratic(normal, right, side["scale"])
+        return {name: torch.where(better[:, None], stored.get(name, old), old) for name, old in side.items()}
 
     def to_stored(self, codes: Tensor) -> Tensor:
         """Positions in the sorted list to the codes in the file; the same unless a codec says otherwise."""

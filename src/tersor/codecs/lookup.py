@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tersor import kernels
 from tersor.codecs.packing import pack, packed_width, unpack
+from tersor.codecs.refit import least_squares, quadratic
 from tersor.contracts import Encoded, LeafCodec, Part, ScalarGrid, Shape, Side
 from tersor.errors import BadInput
 
@@ -51,6 +52,29 @@ class LookupTable(LeafCodec):
 
     def values(self, encoded: Encoded, in_features: int) -> Tensor:
         return torch.gather(encoded.side["table"], 1, encoded.codes.long())
+
+    def refit(self, weight: Tensor, encoded: Encoded, gram: Tensor) -> Side:
+        """Exact least squares for the table entries of each row, under ``tr(E H Eᵀ)``, codes fixed.
+
+        With ``u_k`` the indicator of code ``k``: ``A_kl = u_kᵀ H u_l``, ``b_k = u_kᵀ H w``. A row keeps its old table
+        where the stored new one is not better or not ascending.
+        """
+        rows = weight.shape[0]
+        levels = 2**self.bits_per_code
+        codes = encoded.codes.long()
+        old = encoded.side["table"]
+        normal = torch.empty(rows, levels, levels)
+        for level in range(levels):
+            spread = (codes == level).to(torch.float32) @ gram
+            normal[:, level] = torch.zeros(rows, levels).scatter_add_(1, codes, spread)
+        right = torch.zeros(rows, levels).scatter_add_(1, codes, weight @ gram)
+        wanted = least_squares(normal, right)
+        # Entries that no weight uses are not determined; they stay.
+        used = torch.zeros(rows, levels).scatter_(1, codes, 1.0) > 0
+        stored = _storable(torch.where(used & torch.isfinite(wanted), wanted, old))
+        better = quadratic(normal, right, stored) < quadratic(normal, right, old)
+        better &= (stored.diff(dim=1) >= 0).all(1)
+        return {"table": torch.where(better[:, None], stored, old)}
 
     def pack(self, encoded: Encoded, shape: Shape) -> dict[str, Tensor]:
         codes = pack(encoded.codes, self.bits_per_code)

@@ -7,7 +7,7 @@ ends lower than one from nearest rounding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,9 +30,9 @@ class CoordinateFactor:
 class CoordinateDescent(Solver):
     """``sweeps`` over all columns from the result of ``start``, in blocks of ``block`` columns."""
 
-    sweeps: int = 4
-    start: ErrorFeedback = ErrorFeedback()
-    block: int = 64
+    sweeps: int = 2
+    start: ErrorFeedback = field(default_factory=ErrorFeedback)
+    block: int = 128
 
     def prepare(self, gram: Gram | None) -> CoordinateFactor:
         start = self.start.prepare(gram)
@@ -54,7 +54,7 @@ class CoordinateDescent(Solver):
             before = codes.clone()
             for start in range(0, columns, step):
                 here = slice(start, min(start + step, columns))
-                pull = (weight - values) @ prepared.gram[:, here]
+                pull = (weight - values) @ prepared.gram[here].T
                 # The wish of each column, and how later columns of the block move it. With a vector codec the wish is
                 # per column still: the exact joint minimiser differs by the span's own off-diagonal block.
                 target = values[:, here] + pull / diagonal[here]

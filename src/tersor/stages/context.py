@@ -63,6 +63,15 @@ class Context:
         }
         return solvers[self.options.solver]
 
+    def sampler(self) -> Solver:
+        """The solver for rate–distortion points: coordinate descent without its sweeps.
+
+        On real layers the sweeps lower the error by 6 to 7 % at every rate from 2 to 4 bits alike, so curves only shift;
+        they would double the time that points take.
+        """
+        solver = self.solver()
+        return solver.start if isinstance(solver, CoordinateDescent) else solver
+
     def weight(self, layer: Layer) -> Tensor:
         """A layer's own weights from the source, ``(copies, out, in)``, in the source's dtype."""
         return oriented(self.loader.load([layer.parameter])[layer.parameter], layer)

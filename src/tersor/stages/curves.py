@@ -132,7 +132,7 @@ def _measure_layers(
         fit, held = statistics.both(layers[0], copy)
         if fit is None or held is None:
             return []
-        solver = context.solver()
+        solver = context.sampler()
         prepared = solver.prepare(fit)
         results = []
         for layer in layers:
@@ -270,7 +270,7 @@ def _measure_outside(context: Context, stream: BlockStream, hidden: Hidden, ids:
         )
     record = {}
     for layer in layers.values() if points else ():
-        solver = context.solver()
+        solver = context.sampler()
         weight = context.weight(layer)[0]
         fit_objective, held_objective = outside_objectives(context, layer, weight, ids)
         record[layer.name] = {

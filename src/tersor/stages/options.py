@@ -118,13 +118,14 @@ class Options:
 
 def default_candidates(in_features: int) -> tuple[str, ...]:
     """Codecs worth measuring for a layer with ``in_features`` inputs, cheapest first; see docs/LOG.md for the choice."""
-    groups = [g for g in (32, 64) if in_features % g == 0] or [g for g in (48, 24, 16, 40) if in_features % g == 0][:1]
+    groups = [g for g in (64, 32) if in_features % g == 0]
+    forms = [f"g{g}:s8" for g in groups] or [f"g{g}:s8" for g in (48, 40, 24, 16) if in_features % g == 0][:1] or ["row"]
     texts: list[str] = []
-    for bits in (2, 3, 4, 5, 6, 8):
-        forms = [f"g{g}:s8" for g in reversed(groups)]
-        texts += [f"int{bits}:{form}" for form in (["row", *forms] if bits > 3 or not groups else forms)]
-        if groups and bits <= 4:
-            texts.append(f"int{bits}:g{groups[0]}:asym:s8")
+    for bits in (2, 3, 4, 5, 6):
+        texts += [f"int{bits}:{form}" for form in forms]
+        if groups and bits <= 5:
+            texts.append(f"int{bits}:g{groups[-1]}:asym:s8")
+    texts.append(f"int8:{forms[0]}")
     if in_features >= 512:
         texts += ["lut2:row", "lut3:row", "lut4:row"]
     return (*texts, "bf16")

@@ -11,12 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
 
 from tersor.contracts import Gram, Layer
 from tersor.statistics.collect import OutputMoments, Watch, in_order
+from tersor.statistics.sampling import draw
+
+_HEAD_TOKENS = 256
+"""Positions whose logits are there at one time; the loss is a sum over positions, so its gradient comes in pieces."""
 
 
 @dataclass(frozen=True)
@@ -86,18 +91,21 @@ def backward_head(
 
     def work(chunk: int) -> tuple[OutputMoments, Tensor]:
         moments = OutputMoments()
-        hidden = inputs(chunk).clone().requires_grad_(True)
+        hidden = inputs(chunk)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + chunk)
-        with torch.enable_grad():
-            with Watch(weights, moments.see):
-                logits = head(hidden)
-            flat = logits.float().reshape(-1, logits.shape[-1])
-            noise = torch.empty_like(flat).exponential_(generator=generator)
-            # argmax(p / Exp(1)) draws from p (the exponential race), without a cumulative sum over the vocabulary.
-            labels = (flat.detach().softmax(-1) / noise).argmax(-1)
-            torch.nn.functional.cross_entropy(flat, labels, reduction="sum").backward()
-        assert hidden.grad is not None
-        return moments, hidden.grad
+        gradient = torch.empty(hidden.shape, dtype=torch.float32)
+        for row, start in product(range(hidden.shape[0]), range(0, hidden.shape[1], _HEAD_TOKENS)):
+            here = (slice(row, row + 1), slice(start, start + _HEAD_TOKENS))
+            piece = hidden[here].clone().requires_grad_(True)
+            with torch.enable_grad():
+                with Watch(weights, moments.see):
+                    logits = head(piece)
+                flat = logits.float().reshape(-1, logits.shape[-1])
+                labels = draw(flat.detach(), generator)
+                torch.nn.functional.cross_entropy(flat, labels, reduction="sum").backward()
+            assert piece.grad is not None
+            gradient[here] = piece.grad.float()
+        return moments, gradient
 
     total = OutputMoments()
     for chunk, (moments, gradient) in enumerate(in_order(work, chunks, workers)):
