@@ -23,7 +23,8 @@ SLOW := note: no C++ compiler was found; everything works, but encoding takes ab
 .DELETE_ON_ERROR:
 
 demo: $(USER)
-	$(BIN)/tersor compress demo --size 25% --output out/demo
+	@mkdir -p out
+	$(BIN)/tersor compress demo --size 25% --output out/demo --overwrite
 
 test: $(DEVELOPER)
 	$(BIN)/python -m pytest -n 2
