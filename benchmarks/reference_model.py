@@ -3,8 +3,8 @@
 The model's published weights here come from a 4-bit GGUF file, so they lie on a grid that an integer codec could hit
 exactly. Re-gauging changes the weights without changing the function: residual channels are permuted, value heads
 rotated (undone in the output projection), query/key pairs rotated within their rotary frequencies, and the inner
-channels of each MLP scaled. Afterwards no group of weights shares a grid. The result is rounded to bfloat16 and *is* the
-reference: nothing is compared with the model it came from, except a check that the function moved only by rounding.
+channels of each MLP scaled. Afterwards no group of weights shares a grid. The result is rounded to bfloat16 and *is*
+the reference: nothing is compared with the model it came from, but for a check that the function moved by rounding.
 """
 
 from __future__ import annotations

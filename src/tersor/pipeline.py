@@ -246,7 +246,6 @@ def _run(
     report_stage.write(
         context,
         report_stage.Findings(made, units, texts, quality, samples, notes, clock.stages, peak, command),
-        output,
     )
     return Result(
         folder=output,
@@ -281,8 +280,8 @@ def _plan(context: Context, target: int, given: Plan | None) -> tuple[Plan, Mapp
         made = make_plan(anatomy, curves, target, context.options)
         if made.file_bytes > target:
             raise VerificationFailed(
-                f"The plan takes {made.file_bytes:,} bytes, more than the budget of {target:,}: a size was mispredicted; "
-                f"please report this."
+                f"The plan takes {made.file_bytes:,} bytes, more than the budget of {target:,}: a size was "
+                f"mispredicted; please report this."
             )
         return made, {name: parse(choice.codec) for name, choice in made.layers.items()}
     return given, validate_plan(given, [layer.name for layer in anatomy.layers], parse)
@@ -298,7 +297,7 @@ def _target(context: Context, given: Plan | None) -> int:
         target = budget_bytes(anatomy, budget) if budget is not None else max(given.budget, size)
         if size > target:
             raise BadInput(
-                f"The plan takes {size:,} bytes, more than the budget of {target:,}: choose smaller codecs in the plan, "
+                f"The plan takes {size:,} bytes, more than the budget of {target:,}: choose smaller codecs in it, "
                 f"or give --size {size}."
             )
         return target

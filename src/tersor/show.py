@@ -231,5 +231,5 @@ def inspection_table(found: Inspection) -> None:
         table.add_row(layer.name, layer.kind, shape, str(shared), *errors)
     Console().print(table)
     fates = Counter(fate.fate for fate in anatomy.tensors)
-    rows = [("tensors", ", ".join(f"{count} {fate}" for fate, count in fates.items()))]
-    _facts("Anatomy", rows + [("note", note) for note in anatomy.notes])
+    facts = [("tensors", ", ".join(f"{count} {fate}" for fate, count in fates.items()))]
+    _facts("Anatomy", facts + [("note", note) for note in anatomy.notes])

@@ -32,13 +32,15 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def unpack(stream: Tensor, bits: int, count: int) -> Tensor:
     """The inverse of :func:`pack`: bytes ``(rows, ceil(count·bits/8))`` to codes ``(rows, count)`` int32."""
-    rows = stream.shape[0]
+    device = stream.device
     if bits == 8:
         return stream.to(torch.int32)
     if 8 % bits == 0:
-        parts = (stream[:, :, None] >> torch.arange(0, 8, bits, dtype=torch.uint8)) & (2**bits - 1)
-        return parts.reshape(rows, -1)[:, :count].to(torch.int32)
-    padded = torch.nn.functional.pad(stream, (0, -stream.shape[1] % bits)).reshape(rows, -1, bits)
-    words = (padded.to(torch.int64) << torch.arange(0, 8 * bits, 8)).sum(2)
-    codes = (words[:, :, None] >> torch.arange(0, 8 * bits, bits)) & (2**bits - 1)
-    return codes.to(torch.int32).reshape(rows, -1)[:, :count]
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=device)
+        codes: Tensor = (stream[:, :, None] >> shifts) & (2**bits - 1)
+    else:
+        padded = torch.nn.functional.pad(stream, (0, -stream.shape[1] % bits))
+        padded = padded.view(len(stream), padded.shape[1] // bits, bits)
+        words = (padded.to(torch.int64) << torch.arange(0, 8 * bits, 8, device=device)).sum(2)
+        codes = (words[:, :, None] >> torch.arange(0, 8 * bits, bits, device=device)) & (2**bits - 1)
+    return codes.flatten(1)[:, :count].to(torch.int32)

@@ -13,7 +13,7 @@ from tersor.kernels import reference
 from tersor.kernels.reference import fit_table, nearest
 
 try:
-    from tersor.kernels import _cpu
+    from tersor.kernels import _cpu  # type: ignore[attr-defined]
 except ImportError:
     _cpu = None
 

@@ -62,8 +62,8 @@ def fit_uniform(
     """Scale and zero of a uniform grid for each row of ``weight (n, group)``: the best of a clip search.
 
     Minimises ``Σ importance · (w − ŵ)²`` over the clip ratios ``shrinks (s,)``; symmetric grids are mid-rise (zero at
-    ``(levels − 1) / 2``), asymmetric ones have an integer zero in ``[0, levels − 1]`` and always cover 0. ``importance``:
-    ``(n, group)`` or ``(1, group)``. Returns ``scale (n,)`` > 0 and ``zero (n,)`` float32.
+    ``(levels − 1) / 2``), asymmetric ones have an integer zero in ``[0, levels − 1]`` and always cover 0.
+    ``importance``: ``(n, group)`` or ``(1, group)``. Returns ``scale (n,)`` > 0 and ``zero (n,)`` float32.
     """
     tiny = torch.tensor(2.0**-24)
     top = float(levels - 1)

@@ -81,10 +81,11 @@ def factor(gram: Tensor, *, damping: float, order: Tensor, natural: bool) -> Fee
 class ErrorFeedback(Solver):
     """Round columns in order, pushing each error onto the columns still to come.
 
-    ``damping``: added to the Gram diagonal, as a fraction of its mean. ``order``: ``activation`` rounds columns with the
-    largest ``H_jj`` first, with side information chosen beforehand; ``natural`` goes left to right and chooses a group's
-    scale when it is reached, from weights as moved so far (docs/LOG.md has the comparison). ``block``: columns between two updates of all the rest (a matrix
-    product each). ``refit``: finish with the codec's best side information for the codes found.
+    ``damping``: added to the Gram diagonal, as a fraction of its mean. ``order``: ``activation`` rounds columns with
+    the largest ``H_jj`` first, with side information chosen beforehand; ``natural`` goes left to right and chooses a
+    group's scale when it is reached, from weights as moved so far (docs/LOG.md has the comparison). ``block``: columns
+    between two updates of all the rest (a matrix product each). ``refit``: finish with the codec's best side
+    information for the codes found.
     """
 
     damping: float = 0.01

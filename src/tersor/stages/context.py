@@ -49,6 +49,11 @@ class Context:
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.options.dtype == "bfloat16" else torch.float32
 
+    @property
+    def width(self) -> int:
+        """Width of the hidden state between blocks."""
+        return int(self.source.config.get_text_config().hidden_size)
+
     def stream(self) -> BlockStream:
         """The source model, block by block, in the run's dtype."""
         return BlockStream(
@@ -66,8 +71,8 @@ class Context:
     def sampler(self) -> Solver:
         """The solver for rate–distortion points: coordinate descent without its sweeps.
 
-        On real layers the sweeps lower the error by 6 to 7 % at every rate from 2 to 4 bits alike, so curves only shift;
-        they would double the time that points take.
+        On real layers the sweeps lower the error by 6 to 7 % at every rate from 2 to 4 bits alike, so curves only
+        shift; they would double the time that points take.
         """
         solver = self.solver()
         return solver.start if isinstance(solver, CoordinateDescent) else solver

@@ -59,7 +59,7 @@ def measure_curves(context: Context, ids: Tensor, *, points: bool = True) -> Non
     blocks = len(context.anatomy.blocks)
     total = blocks + 1
     stream = context.stream()
-    width = context.model.config.get_text_config().hidden_size
+    width = context.width
     stores = [
         context.work.hidden(f"curves-{k}", (*ids.shape, width), context.dtype, context.chunk) for k in range(blocks + 1)
     ]
@@ -256,7 +256,10 @@ def _measure_outside(context: Context, stream: BlockStream, hidden: Hidden, ids:
         fit_chunks = chunks - held_out_chunks(chunks)
         with stream.head_module() as module:
             weights = {head: module.get_parameter(head_parameter(head))}
-            run = lambda chunk: stream.head(hidden.read(chunk))  # noqa: E731
+
+            def run(chunk: int) -> Tensor:
+                return stream.head(hidden.read(chunk))
+
             skip = frozenset([head])
             fit = collect_grams(run, fit_chunks, weights, workers=context.workers, skip=skip).gram(head)
             rest = collect_grams(
@@ -265,8 +268,10 @@ def _measure_outside(context: Context, stream: BlockStream, hidden: Hidden, ids:
             held = rest.gram(head) or fit
         assert fit is not None
         assert held is not None
+        # Text too short to hold any out leaves one matrix, which a file must not hold twice.
+        apart = {} if held is fit else {"held": held.matrix}
         context.work.save_tensors(
-            "curves/head.safetensors", {"fit": fit.matrix, "held": held.matrix, "tokens": torch.tensor([fit.tokens])}
+            "curves/head.safetensors", {"fit": fit.matrix, **apart, "tokens": torch.tensor([fit.tokens])}
         )
     record = {}
     for layer in layers.values() if points else ():
@@ -281,13 +286,13 @@ def _measure_outside(context: Context, stream: BlockStream, hidden: Hidden, ids:
 
 
 def outside_objectives(context: Context, layer: Layer, weight: Tensor, ids: Tensor) -> tuple[Objective, Objective]:
-    """The objectives of an embedding or head: with the Gram matrix to fit codes on, and with the one to judge them on."""
+    """The objectives of an embedding or head: with the Gram matrix to fit codes on, and the one to judge them on."""
     is_head = layer.name == context.anatomy.head
     grams: dict[str, Gram] = {}
     if is_head:
         stored = context.work.load_tensors("curves/head.safetensors")
         tokens = int(stored["tokens"])
-        grams = {name: Gram(stored[name], tokens) for name in ("fit", "held")}
+        grams = {name: Gram(stored.get(name, stored["fit"]), tokens) for name in ("fit", "held")}
     frequency = token_frequency(ids, layer.shape[0])
     if context.options.sensitivity != "fisher":
         gram = grams or {name: Gram(torch.diag(torch.ones(layer.shape[1])), 0) for name in ("fit", "held")}

@@ -47,7 +47,7 @@ def encode_model(context: Context, codecs: Mapping[str, Codec], writer: Artifact
     stores = [
         context.work.hidden(
             f"encode-{k}",
-            (*ids.shape, context.model.config.get_text_config().hidden_size),
+            (*ids.shape, context.width),
             context.dtype,
             context.chunk,
         )
@@ -210,7 +210,7 @@ def encode_layer(
     """
     if not torch.isfinite(weight).all():
         raise NotFinite(f"The weights of {layer.name} have NaN or Inf; the source model is damaged.")
-    out, columns = layer.shape
+    out = layer.shape[0]
     per_copy = -(-out // ROW_CHUNK)
     parts = {part.name: torch.empty(part.shape, dtype=part.dtype) for part in codec.parts(layer.stored_shape)}
 

@@ -1,4 +1,4 @@
-"""What a run will cost, told before it begins: memory, disk, time. Formulas, not promises; docs say how good they are."""
+"""What a run will cost, told before it begins: memory, disk, time. Formulas, not promises."""
 
 from __future__ import annotations
 

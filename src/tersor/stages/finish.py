@@ -97,8 +97,8 @@ def verify(context: Context, folder: Path, plan: Plan, texts: Texts) -> Quality:
     artifact = open_artifact(folder)
     if artifact.weight_bytes != plan.file_bytes:
         raise VerificationFailed(
-            f"The weight files have {artifact.weight_bytes:,} bytes, and the plan said {plan.file_bytes:,}; check the disk "
-            f"and run again."
+            f"The weight files have {artifact.weight_bytes:,} bytes, and the plan said {plan.file_bytes:,}; check the "
+            f"disk and run again."
         )
     if artifact.weight_bytes > plan.budget:
         raise VerificationFailed(

@@ -75,7 +75,7 @@ class Options:
 
     ``text``: calibration text (None: sampled from the model itself). ``sequences``, ``length``: how much of it.
     ``candidates``: codec texts to choose from (None: the default list). ``solver``: ``coordinate``, ``feedback`` or
-    ``nearest``. ``sensitivity``: ``fisher``, ``measured`` or ``flat``. ``propagate``: statistics for a block come from
+    ``nearest``. ``sensitivity``: ``fisher`` or ``flat``. ``propagate``: statistics for a block come from
     the already compressed blocks before it. ``share_fused``: layers that engines fuse get one codec.
     ``eval_text``: what the final quality is measured on (None: text held out from the calibration).
     """
@@ -89,7 +89,7 @@ class Options:
     seed: int = 0
     candidates: tuple[str, ...] | None = None
     solver: Literal["coordinate", "feedback", "nearest"] = "coordinate"
-    sensitivity: Literal["fisher", "measured", "flat"] = "fisher"
+    sensitivity: Literal["fisher", "flat"] = "fisher"
     allocator: Literal["exact", "lagrangian"] = "exact"
     propagate: bool = True
     share_fused: bool = False
@@ -117,9 +117,11 @@ class Options:
 
 
 def default_candidates(in_features: int) -> tuple[str, ...]:
-    """Codecs worth measuring for a layer with ``in_features`` inputs, cheapest first; see docs/LOG.md for the choice."""
+    """Codecs worth measuring for a layer with ``in_features`` inputs; see docs/LOG.md for the choice."""
     groups = [g for g in (64, 32) if in_features % g == 0]
-    forms = [f"g{g}:s8" for g in groups] or [f"g{g}:s8" for g in (48, 40, 24, 16) if in_features % g == 0][:1] or ["row"]
+    forms = (
+        [f"g{g}:s8" for g in groups] or [f"g{g}:s8" for g in (48, 40, 24, 16) if in_features % g == 0][:1] or ["row"]
+    )
     texts: list[str] = []
     for bits in (2, 3, 4, 5, 6):
         texts += [f"int{bits}:{form}" for form in forms]

@@ -6,7 +6,6 @@ import platform
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy
 import torch
@@ -46,7 +45,7 @@ class Findings:
     command: str
 
 
-def write(context: Context, findings: Findings, output: Path) -> None:
+def write(context: Context, findings: Findings) -> None:
     """Write ``report.html`` into the folder being built, and its hash into the manifest."""
     folder = context.work.folder.parent.parent
     files = hash_files(folder, exclude=("tersor.json", "report.html"))

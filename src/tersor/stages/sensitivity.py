@@ -20,7 +20,7 @@ _DONE = "sensitivity/done.json"
 
 
 def measure_sensitivity(context: Context, ids: Tensor) -> None:
-    """Backward pass over the first sequences of ``ids (n, T)``; leaves one file of moments per block in the work folder.
+    """Backward pass over the first sequences of ``ids (n, T)``; leaves a file of moments per block in the work folder.
 
     Forward through the blocks keeping each one's inputs on disk, labels sampled at the head, then back block by block.
     Every finished block is kept if the run is killed.
@@ -73,7 +73,7 @@ def _store(context: Context, name: str, ids: Tensor, width: int, dtype: torch.dt
 def _forward(context: Context, stream: BlockStream, ids: Tensor, total: int) -> list[Hidden]:
     """Inputs of every block, and of the head, on disk."""
     blocks = len(context.anatomy.blocks)
-    width = context.model.config.get_text_config().hidden_size
+    width = context.width
     stores = [_store(context, f"{k}", ids, width, context.dtype) for k in range(blocks + 1)]
     if not stores[0].complete:
         with torch.no_grad():

@@ -74,8 +74,8 @@ def prepare_texts(
     held = max(1, round(batch.ids.shape[0] * options.eval_sequences / wanted))
     if batch.ids.shape[0] < 2:
         raise BadInput(
-            f"{batch.origin} gives {batch.tokens} tokens, less than two sequences of {options.length}; give more text or "
-            f"a smaller --length."
+            f"{batch.origin} gives {batch.tokens} tokens, less than two sequences of {options.length}; give more text "
+            f"or a smaller --length."
         )
     calibration, evaluation = batch.split_held_out(held)
     return Texts(calibration, evaluation)
@@ -87,8 +87,8 @@ def _sampled(
     need = sum(info.nbytes for info in source.tensors.values())
     if options.max_memory is not None and need > options.max_memory:
         raise BadInput(
-            f"No --text was given, and sampling text from the model itself needs it in memory ({need:,} bytes, more than "
-            f"--max-memory {options.max_memory:,}); give --text FILE, or raise the cap."
+            f"No --text was given, and sampling text from the model itself needs it in memory ({need:,} bytes, more "
+            f"than --max-memory {options.max_memory:,}); give --text FILE, or raise the cap."
         )
     key = {"model": source.fingerprint(), "sequences": sequences, "length": options.length, "seed": options.seed}
 

@@ -1,4 +1,4 @@
-"""Stage: the written artifact is opened again and compared with the source; nothing is reported that was not read back."""
+"""Stage: the written artifact is opened again and compared with the source; only what was read back is reported."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def check_errors(context: Context, artifact: Artifact) -> None:
         expected = artifact.manifest.errors[layer.name]
         if not math.isclose(found, expected, rel_tol=1e-6, abs_tol=1e-9):
             raise VerificationFailed(
-                f"{layer.name} reads back with a relative error of {found:.6g}, but {expected:.6g} was recorded when it "
-                f"was encoded: the file is not what was written; check the disk and run again."
+                f"{layer.name} reads back with a relative error of {found:.6g}, but {expected:.6g} was recorded when "
+                f"it was encoded: the file is not what was written; check the disk and run again."
             )
 
 
@@ -96,14 +96,7 @@ def measure_quality(
     for block in range(blocks):
         for number, stream in enumerate((pair.reference, pair.compressed)):
             with stream.block(block) as module:
-
-                def work(
-                    index: int, number: int = number, stream: BlockStream = stream, module: torch.nn.Module = module
-                ) -> Tensor:
-                    with torch.no_grad():
-                        return stream.run(module, block, states[number][index])
-
-                states[number] = list(in_order(work, len(pieces), workers))
+                states[number] = _advance(stream, module, block, states[number], workers)
         progress(STAGE, block + 1, blocks + 1)
     accumulator = DivergenceAccumulator()
     with pair.reference.head_module(), pair.compressed.head_module():
@@ -114,6 +107,16 @@ def measure_quality(
                 accumulator.add(_compare(pair, hidden[0], hidden[1], targets, workers))
     progress(STAGE, blocks + 1, blocks + 1)
     return accumulator.quality(origin)
+
+
+def _advance(
+    stream: BlockStream, module: torch.nn.Module, block: int, states: list[Tensor], workers: int
+) -> list[Tensor]:
+    def work(index: int) -> Tensor:
+        with torch.no_grad():
+            return stream.run(module, block, states[index])
+
+    return list(in_order(work, len(states), workers))
 
 
 def _compare(pair: Pair, reference: Tensor, compressed: Tensor, targets: Tensor, workers: int):  # type: ignore[no-untyped-def]

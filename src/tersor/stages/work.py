@@ -46,8 +46,8 @@ class Work:
         if differ:
             detail = "; ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in differ)
             raise CannotResume(
-                f"An interrupted run in {self.folder.parent.parent} differs in {', '.join(differ)} ({detail}): repeat the "
-                f"first command to continue it, or add --restart to throw it away."
+                f"An interrupted run in {self.folder.parent.parent} differs in {', '.join(differ)} ({detail}): repeat "
+                f"the first command to continue it, or add --restart to throw it away."
             )
 
     def has(self, name: str) -> bool:
@@ -68,7 +68,8 @@ class Work:
         atomic_write(path, safetensors.torch.save({key: value.contiguous() for key, value in tensors.items()}))
 
     def load_tensors(self, name: str) -> dict[str, Tensor]:
-        return safetensors.torch.load_file(self.folder / name)
+        tensors: dict[str, Tensor] = safetensors.torch.load_file(self.folder / name)
+        return tensors
 
     def event(self, stage: str, what: str, **details: Any) -> None:
         """Append a line to ``events.jsonl``: what was begun and finished when. For the report and for tests."""

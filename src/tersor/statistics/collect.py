@@ -193,7 +193,7 @@ class OutputMoments:
             self.sums[key] = self.sums[key] + product if key in self.sums else product
             self.tokens[key] = self.tokens.get(key, 0) + len(flat)
 
-        use.output.register_hook(arrived)
+        use.output.register_hook(arrived)  # type: ignore[no-untyped-call]
 
     def add(self, other: OutputMoments) -> None:
         for key, product in other.sums.items():

@@ -63,7 +63,7 @@ def backward_block(
         with torch.enable_grad():
             with Watch(weights, moments.see):
                 output = run(hidden)
-            output.backward(gradients(chunk).to(output.dtype))
+            torch.autograd.backward(output, gradients(chunk).to(output.dtype))
         assert hidden.grad is not None
         return moments, hidden.grad
 
@@ -102,7 +102,7 @@ def backward_head(
                     logits = head(piece)
                 flat = logits.float().reshape(-1, logits.shape[-1])
                 labels = draw(flat.detach(), generator)
-                torch.nn.functional.cross_entropy(flat, labels, reduction="sum").backward()
+                torch.nn.functional.cross_entropy(flat, labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
             assert piece.grad is not None
             gradient[here] = piece.grad.float()
         return moments, gradient
