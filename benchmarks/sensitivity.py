@@ -1,8 +1,8 @@
 """Which sensitivity predicts best? Flat, Fisher from one backward pass, and measured KL one layer at a time.
 
-Every layer by itself is encoded at about 3 bits, everything else untouched, and the KL of the whole model is measured on
-a few hundred tokens: the truth that the other two try to predict. Then a plan is made from each of the three and encoded
-at the same bytes. Uses the work folder of ``allocation.py``, whose statistics it shares.
+Every layer by itself is encoded at about 3 bits, everything else untouched, and the KL of the whole model is measured
+on a few hundred tokens: the truth that the other two try to predict. Then a plan is made from each of the three and
+encoded at the same bytes. Uses the work folder of ``allocation.py``, whose statistics it shares.
 
     python benchmarks/sensitivity.py --model MODEL_FOLDER --text TEXT [--bpw 4] [--out RESULT.json]
 """
@@ -73,7 +73,7 @@ def divergence(first: list[Tensor], second: list[Tensor], ids: Tensor) -> float:
 
 
 def probe_blocks(context: Context, ids: Tensor, calibration: Tensor) -> dict[str, dict[str, float]]:
-    """For every linear layer: measured KL with it alone rounded, and what Fisher and flat objectives say of that error."""
+    """For every linear layer: measured KL with it alone rounded, and what Fisher and flat objectives say of it."""
     stream = context.stream()
     found: dict[str, dict[str, float]] = {}
     with ExitStack() as stack, torch.no_grad():

@@ -187,12 +187,20 @@ def _encode_layers(
     ready: dict[tuple[str, int], Prepared] = {}
     for layer in sorted(weights, key=lambda layer: layer.inputs):
         ready = {key: value for key, value in ready.items() if key[0] == layer.inputs}
-        source = oriented(weights[layer], layer)
+        source = _source_weight(context, layer, weights[layer])
         keys = [(layer.inputs, copy) for copy in range(layer.copies)]
         for key in keys:
             if key not in ready:
                 ready[key] = _prepare(context, sums.gram(layer, key[1]), layer.name)
         encode_layer(context, layer, source, codecs[layer.name], [ready[key] for key in keys], writer)
+
+
+def _source_weight(context: Context, layer: Layer, held: Tensor) -> Tensor:
+    """A layer's weight as the source has it; the running block may hold it more coarsely, in the run's dtype."""
+    name = context.loader.provider(layer.parameter)
+    if name is not None and context.loader.targets[name].dtype == held.dtype:
+        return oriented(held, layer)
+    return context.weight(layer)
 
 
 def _encode_outside(context: Context, layer: Layer, codec: Codec, writer: ArtifactWriter, ids: Tensor) -> None:
