@@ -8,14 +8,18 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from tersor.anatomy import Source
+from tersor.anatomy import Source, skeleton
 from tersor.errors import BadInput
 from tersor.stages.context import Progress
 from tersor.stages.options import Options
+from tersor.statistics.decoding import cache_bytes
 from tersor.statistics.sampling import cached_sample, sample_text
 from tersor.statistics.text import TokenBatch, load_text
 
 STAGE = "text"
+_CACHE = 2**30
+"""Bytes of keys and values that one worker may hold while sampling. Decides the batch, hence the text; so it depends on
+the model and the length alone, never on the machine."""
 
 
 @dataclass(frozen=True)
@@ -84,13 +88,22 @@ def prepare_texts(
 def _sampled(
     source: Source, options: Options, sequences: int, cache: Path, workers: int, progress: Progress
 ) -> TokenBatch:
-    need = sum(info.nbytes for info in source.tensors.values())
+    weights = sum(info.nbytes for info in source.tensors.values())
+    one = cache_bytes(skeleton(source), batch=1, length=options.length)
+    batch = max(4, min(64, _CACHE // max(one, 1)))
+    need = weights + workers * batch * one
     if options.max_memory is not None and need > options.max_memory:
         raise BadInput(
             f"No --text was given, and sampling text from the model itself needs it in memory ({need:,} bytes, more "
             f"than --max-memory {options.max_memory:,}); give --text FILE, or raise the cap."
         )
-    key = {"model": source.fingerprint(), "sequences": sequences, "length": options.length, "seed": options.seed}
+    key = {
+        "model": source.fingerprint(),
+        "sequences": sequences,
+        "length": options.length,
+        "seed": options.seed,
+        "batch": batch,
+    }
 
     def make() -> TokenBatch:
         model = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.bfloat16).eval()
@@ -101,6 +114,7 @@ def _sampled(
             length=options.length,
             seed=options.seed,
             workers=workers,
+            batch=batch,
             progress=lambda done, total: progress(STAGE, done, total),
         )
 
