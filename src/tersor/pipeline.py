@@ -22,6 +22,7 @@ from torch import nn
 
 from tersor.anatomy import Source, WeightLoader, analyse, cache_folder, open_source, skeleton
 from tersor.artifact import (
+    STATE_FOLDER,
     ArtifactWriter,
     partial_path,
     plan_to_json,
@@ -30,7 +31,7 @@ from tersor.artifact import (
 )
 from tersor.codecs import parse
 from tersor.contracts import Anatomy, Codec, Plan, Quality
-from tersor.errors import BadInput, VerificationFailed
+from tersor.errors import BadInput, CannotResume, VerificationFailed
 from tersor.stages import curves as curve_stage
 from tersor.stages import finish
 from tersor.stages import report as report_stage
@@ -158,6 +159,7 @@ def plan(
         if fast:
             records = fast_curves(context)
         else:
+            context.check_streamed()
             work.begin(_identity(context, None))
             texts = prepare_texts(source, options, cache=cache, workers=workers, progress=progress)
             notes += texts.calibration.notes + _measure(context, texts, points=True)
@@ -198,12 +200,17 @@ def compress(
         workers = choose_workers(anatomy, options, available_workers())
         context = _context(source, body, anatomy, options, Work(partial), workers, progress)
         target = _target(context, given)
+        if fresh and (output / STATE_FOLDER).exists():
+            finished = _published(context, output, given, clock, overwrite=overwrite)
+            if finished is not None:
+                return finished
+        context.check_streamed()
         context.work.begin(_identity(context, given))
         with one_thread_each():
             result = _run(context, target, given, clock, cache_folder(cache_dir), output, command)
     except BaseException:
         # A run that failed before it did any work leaves nothing behind.
-        if fresh and not (partial / ".state" / "work" / "texts.json").exists():
+        if fresh and not (partial / STATE_FOLDER / "work" / "texts.json").exists():
             shutil.rmtree(partial, ignore_errors=True)
         raise
     publish(partial, output, replace=overwrite)
@@ -218,7 +225,7 @@ def _run(
     resumed = work.has("texts.json")
     with clock.stage("text"):
         texts = prepare_texts(context.source, options, cache=cache, workers=context.workers, progress=context.progress)
-        work.save("texts.json", {"calibration": texts.calibration.digest(), "evaluation": texts.evaluation.digest()})
+        _keep_digests(work, texts)
     with clock.stage("statistics"):
         notes = texts.calibration.notes + _measure(context, texts, points=given is None)
     with clock.stage("plan"):
@@ -261,13 +268,51 @@ def _run(
     )
 
 
+def _published(context: Context, output: Path, given: Plan | None, clock: Clock, *, overwrite: bool) -> Result | None:
+    """The result of a run that was killed while its finished folder was put in place; clears what was left to clear.
+
+    None when the folder is another run's and may be replaced. Raises BadInput when it may not.
+    """
+    manifest = finish.finished(context, output, given)
+    if manifest is None or manifest.quality is None:
+        if overwrite:
+            return None
+        raise _exists(output)
+    publish(partial_path(output), output, replace=overwrite)
+    return Result(
+        folder=output,
+        plan=manifest.plan,
+        quality=manifest.quality,
+        seconds=time.perf_counter() - clock.began,
+        peak_memory=max(finish.peak_resident_bytes() - clock.baseline, 0),
+        bits_per_weight=8 * manifest.plan.file_bytes / context.anatomy.parameters,
+        sample=None,
+        notes=manifest.notes,
+        stages=clock.stages,
+        resumed=True,
+    )
+
+
+def _keep_digests(work: Work, texts: Texts) -> None:
+    """Note which tokens this run measures with. Raises CannotResume when an interrupted run began with others."""
+    digests = {"calibration": texts.calibration.digest(), "evaluation": texts.evaluation.digest()}
+    if work.has("texts.json") and work.load("texts.json") != digests:
+        raise CannotResume(
+            f"The text in {texts.calibration.origin} has changed since the interrupted run began: put it back to "
+            f"continue that run, or add --restart to throw it away."
+        )
+    work.save("texts.json", digests)
+
+
 def _measure(context: Context, texts: Texts, *, points: bool) -> tuple[str, ...]:
     """Sensitivities, Gram matrices and, if wanted, rate–distortion points; returns notes for the user."""
     ids = texts.calibration.ids
     if context.options.sensitivity == "fisher":
         measure_sensitivity(context, ids)
     curve_stage.measure_curves(context, ids, points=points)
-    return curve_stage.calibration_notes(curve_stage.load_records(context)) if points else ()
+    if not points:
+        return ()
+    return curve_stage.calibration_notes(curve_stage.load_records(context), held_out=context.held_out(ids) > 0)
 
 
 def _plan(context: Context, target: int, given: Plan | None) -> tuple[Plan, Mapping[str, Codec]]:
@@ -315,14 +360,19 @@ def _needs_budget(options: Options) -> Budget:
 
 def _claim(output: Path, *, overwrite: bool, restart: bool) -> Path:
     """The partial folder for an output, after checking that it may be written."""
-    if output.exists() and not overwrite:
-        raise BadInput(f"{output} exists already; choose another --output, or add --overwrite to replace it.")
+    # With its state still there it was killed while being put in place: who asks decides what that is.
+    if output.exists() and not overwrite and not (output / STATE_FOLDER).exists():
+        raise _exists(output)
     if not output.absolute().parent.is_dir():
         raise BadInput(f"The folder {output.absolute().parent} does not exist; make it, or choose another --output.")
     partial = partial_path(output)
     if restart:
         shutil.rmtree(partial, ignore_errors=True)
     return partial
+
+
+def _exists(output: Path) -> BadInput:
+    return BadInput(f"{output} exists already; choose another --output, or add --overwrite to replace it.")
 
 
 def _context(

@@ -69,7 +69,7 @@ class BlockStream:
         self._local = threading.local()
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Token ids ``(B, T)`` int64 to what the first block is given, ``(B, T, d)``. No gradient."""
+        """Token ids ``(B, T)`` int64 to what the first block is given, ``(B, T, d)``. Lets gradients through."""
         with self.embed_module(), self._lock:
             self._probe()
             shape = (ids.shape[0], ids.shape[1])
@@ -127,7 +127,7 @@ class BlockStream:
         shape = (batch, length)
         with self._lock:
             if shape not in self._calls:
-                with self.embed_module():
+                with self.embed_module(), torch.no_grad():
                     self._probe()
                     ids = torch.ones(shape, dtype=torch.int64)
                     self._remember(shape, self._front_run(ids, self._returns, upto=len(self._blocks))[1])
@@ -151,7 +151,7 @@ class BlockStream:
         name, reasons = type(self._front_model).__name__, []
         for returns in _RETURNS:
             try:
-                with self.embed_module():
+                with self.embed_module(), torch.no_grad():
                     first, second = (
                         self._front_run(text, returns, upto=len(self._blocks), careful=True)[1] for text in texts
                     )
@@ -175,7 +175,6 @@ class BlockStream:
         """What the first block is given, and the calls of the first ``upto`` blocks."""
         with (
             torch.inference_mode(False),
-            torch.no_grad(),
             self._recorder.recording(returns, upto=upto, careful=careful) as record,
         ):
             try:

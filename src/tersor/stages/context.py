@@ -54,6 +54,20 @@ class Context:
         """Width of the hidden state between blocks."""
         return int(self.source.config.get_text_config().hidden_size)
 
+    def held_out(self, ids: Tensor) -> int:
+        """How many of the last chunks of ``ids (n, T)`` are held out of fitting: an eighth, none of a single one."""
+        chunks = -(-len(ids) // self.chunk)
+        return max(1, chunks // 8) if chunks > 1 else 0
+
+    def check_streamed(self) -> None:
+        """Raise UnknownArchitecture now, not after minutes of work, when the blocks cannot be run one by one."""
+        stream = self.stream()
+        try:
+            with torch.no_grad():
+                stream.embed(torch.ones(1, 2, dtype=torch.int64))
+        finally:
+            stream.close()
+
     def stream(self) -> BlockStream:
         """The source model, block by block, in the run's dtype."""
         return BlockStream(

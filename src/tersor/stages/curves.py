@@ -44,11 +44,6 @@ class Statistics:
         return fit, held if held is not None else fit
 
 
-def held_out_chunks(chunks: int) -> int:
-    """How many of the last chunks are held out: an eighth, at least one where there are two."""
-    return max(1, chunks // 8) if chunks > 1 else 0
-
-
 def measure_curves(context: Context, ids: Tensor, *, points: bool = True) -> None:
     """One pass of the original model over ``ids (n, T)``; leaves ``curves/<block>.json`` for every block.
 
@@ -75,7 +70,8 @@ def measure_curves(context: Context, ids: Tensor, *, points: bool = True) -> Non
             with stream.block(block) as module:
                 if points:
                     weights = block_weights(context, module, block)
-                    statistics = _block_statistics(context, stream, module, block, weights, stores)
+                    fit_chunks = stores[block].chunks - context.held_out(ids)
+                    statistics = _block_statistics(context, stream, module, block, weights, stores, fit_chunks)
                     moments = load_moments(context, block) if context.options.sensitivity == "fisher" else None
                     record = _measure_layers(context, weights, statistics, moments)
                 else:
@@ -100,10 +96,10 @@ def _block_statistics(
     block: int,
     weights: dict[Layer, Tensor],
     stores: list[Hidden],
+    fit_chunks: int,
 ) -> Statistics:
     before, after = stores[block], stores[block + 1]
     chunks = before.chunks
-    fit_chunks = chunks - held_out_chunks(chunks)
 
     def forward(chunk: int) -> Tensor:
         return stream.run(module, block, before.read(chunk))
@@ -152,7 +148,7 @@ def _measure_layers(
 
 
 def _sample_copies(layer: Layer, statistics: Statistics) -> Iterable[int]:
-    """The copies measured: the experts with the most tokens, spread over the list."""
+    """The copies measured: some of the experts that any token reached, spread over the list."""
     if layer.copies == 1:
         return [0]
     seen = [copy for copy in range(layer.copies) if statistics.fit.gram(layer, copy) is not None]
@@ -190,6 +186,7 @@ def _points(
         "calibrated": calibrated,
         "uncalibrated": plain,
         "damping": float(getattr(getattr(prepared, "start", prepared), "damping", 0.0)),
+        "copy": copy,
     }
 
 
@@ -216,8 +213,8 @@ def _merge_copies(
 ) -> Record:
     """One record for a layer; for experts, sums scaled from the measured copies to all by their share of tokens."""
     notes: list[str] = []
+    counts = [statistics.fit.tokens.get((layer.inputs, copy), 0) for copy in range(layer.copies)]
     if layer.copies > 1:
-        counts = [gram.tokens if (gram := statistics.fit.gram(layer, copy)) else 0 for copy in range(layer.copies)]
         few = sum(count < MINIMUM_EXPERT_TOKENS for count in counts)
         if few:
             notes.append(
@@ -232,6 +229,8 @@ def _merge_copies(
         found = [_points(context, layer, matrix, objective, Nearest(), None, 0)]
         notes.append(f"No calibration token reached {layer.name}; it is rounded to nearest.")
     scale = layer.copies / len(found)
+    if context.options.sensitivity == "fisher" and sum(counts) > 0:
+        scale = sum(counts) / sum(counts[record["copy"]] for record in found)
     texts = list(found[0]["points"])
     points = {text: scale * math.fsum(record["points"][text] for record in found) for text in texts}
     damping = max(record["damping"] for record in found)
@@ -253,7 +252,7 @@ def _measure_outside(context: Context, stream: BlockStream, hidden: Hidden, ids:
     fit = held = None
     if head is not None:
         chunks = hidden.chunks
-        fit_chunks = chunks - held_out_chunks(chunks)
+        fit_chunks = chunks - context.held_out(ids)
         with stream.head_module() as module:
             weights = {head: module.get_parameter(head_parameter(head))}
 
@@ -322,9 +321,12 @@ def load_records(context: Context) -> dict[str, Record]:
     return {layer.name: found[layer.name] for layer in context.anatomy.layers if layer.name in found}
 
 
-def calibration_notes(records: dict[str, Record]) -> tuple[str, ...]:
-    """What the held-out text says of the calibration, and the notes of all layers."""
+def calibration_notes(records: dict[str, Record], *, held_out: bool) -> tuple[str, ...]:
+    """What the held-out text (if there is any) says of the calibration, and the notes of all layers."""
     notes = [note for record in records.values() for note in record["notes"]]
+    if not held_out:
+        short = "The calibration text is too short to hold any out, so nothing tells whether calibration helps."
+        return (f"{short} Give more text, or --sequences.", *notes)
     ratios = {
         name: record["calibrated"] / record["uncalibrated"]
         for name, record in records.items()

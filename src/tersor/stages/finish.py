@@ -7,7 +7,7 @@ import resource
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from tersor.artifact import (
+    Artifact,
     Manifest,
     SourceRecord,
     TextRecord,
     hash_files,
     open_artifact,
+    plan_to_json,
     quantization_config,
     read_manifest,
     write_calibration,
@@ -38,6 +40,9 @@ from tersor.version import __version__
 
 PROMPTS = ("Explain in two sentences why the sky is blue.", "Write a short story about a lighthouse keeper.")
 SAMPLE_TOKENS = 48
+
+_QUALITY = "quality.json"
+_SAMPLES = "samples.json"
 
 
 def resident_bytes() -> int:
@@ -92,7 +97,8 @@ def write_folder(
 def verify(context: Context, folder: Path, plan: Plan, texts: Texts) -> Quality:
     """Open what was written, check sizes and every layer's error, and measure quality against the source.
 
-    Raises VerificationFailed when anything is not as planned.
+    Raises VerificationFailed when anything is not as planned. A resumed run does not measure again: the writer has just
+    found the very bytes in the file that were verified.
     """
     artifact = open_artifact(folder)
     if artifact.weight_bytes != plan.file_bytes:
@@ -104,7 +110,18 @@ def verify(context: Context, folder: Path, plan: Plan, texts: Texts) -> Quality:
         raise VerificationFailed(
             f"The weight files have {artifact.weight_bytes:,} bytes, more than the budget of {plan.budget:,}."
         )
-    check_errors(context, artifact)
+    if context.work.has(_QUALITY):
+        quality = Quality(**context.work.load(_QUALITY))
+    else:
+        check_errors(context, artifact)
+        quality = _measured(context, artifact, texts)
+        context.work.save(_QUALITY, asdict(quality))
+    write_manifest(folder, replace(read_manifest(folder), quality=quality))
+    return quality
+
+
+def _measured(context: Context, artifact: Artifact, texts: Texts) -> Quality:
+    """Quality on the evaluation text. Raises VerificationFailed for NaN."""
     reference = context.stream()
     load = artifact_loader(artifact, context.anatomy, context.dtype, context.workers)
     compressed = BlockStream(context.model, context.anatomy, load, dtype=context.dtype)
@@ -125,8 +142,19 @@ def verify(context: Context, folder: Path, plan: Plan, texts: Texts) -> Quality:
         raise VerificationFailed(
             "The compressed model gives NaN on the evaluation text; see the layer errors in the plan."
         )
-    write_manifest(folder, replace(read_manifest(folder), quality=quality))
     return quality
+
+
+def finished(context: Context, folder: Path, given: Plan | None) -> Manifest | None:
+    """The manifest of ``folder`` if it is what this run would have made of this source, else None."""
+    manifest = read_manifest(folder)
+    same = (
+        manifest.source.fingerprint == context.source.fingerprint()
+        and manifest.facts.get("options") == json.loads(json.dumps(context.options.identity()))
+        and manifest.versions == versions()
+        and (given is None or plan_to_json(given) == plan_to_json(manifest.plan))
+    )
+    return manifest if same else None
 
 
 def samples(context: Context, folder: Path) -> list[tuple[str, str, str]]:
@@ -135,6 +163,8 @@ def samples(context: Context, folder: Path) -> list[tuple[str, str, str]]:
     need = 2 * sum(info.nbytes for info in context.source.tensors.values())
     if not options.samples or (options.max_memory is not None and need > options.max_memory):
         return []
+    if context.work.has(_SAMPLES):
+        return [(prompt, before, after) for prompt, before, after in context.work.load(_SAMPLES)]
     prompts = PROMPTS[: options.samples]
     tokenizer = load_tokenizer(context.source)
     texts = []
@@ -149,4 +179,6 @@ def samples(context: Context, folder: Path) -> list[tuple[str, str, str]]:
             del model
     finally:
         torch.set_num_threads(before_threads)
-    return [(prompt, one[1], two[1]) for prompt, one, two in zip(prompts, *texts, strict=True)]
+    found = [(prompt, one[1], two[1]) for prompt, one, two in zip(prompts, *texts, strict=True)]
+    context.work.save(_SAMPLES, found)
+    return found

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from tersor.contracts import Layer
+from tersor.errors import UnknownArchitecture
 from tersor.runtime.stream import BlockStream
 from tersor.stages.context import Context, block_weights
 from tersor.stages.work import Hidden
 from tersor.statistics.collect import OutputMoments, in_order
-from tersor.statistics.sensitivity import backward_block, backward_head
+from tersor.statistics.sensitivity import backward_block, backward_head, embedding_gradient
 
 FISHER_SEQUENCES = 16
 """Sequences that the backward pass sees: enough for row moments to a few percent, at a tenth of the run's cost."""
@@ -37,7 +38,7 @@ def measure_sensitivity(context: Context, ids: Tensor) -> None:
         for block in reversed(range(blocks)):
             gradient = _back(context, stream, block, stores[block], gradient)
             context.progress(STAGE, total - block - 1, total)
-        _embedding(context, ids, stores[0], gradient)
+        _embedding(context, stream, ids, gradient)
     finally:
         stream.close()
     context.work.save(_DONE, {"tokens": ids.numel()})
@@ -49,7 +50,7 @@ def measure_sensitivity(context: Context, ids: Tensor) -> None:
 def load_moments(context: Context, block: int | None) -> OutputMoments:
     """The output-gradient moments of a block's layers (None: of head), as stored by :func:`measure_sensitivity`."""
     name = "head" if block is None else f"block-{block}"
-    moments = OutputMoments()
+    moments = OutputMoments(positions=context.work.load(_DONE)["tokens"])
     for key, value in context.work.load_tensors(f"sensitivity/{name}.safetensors").items():
         layer, copy = key.rsplit("#", 1)
         moments.sums[layer, int(copy)] = value[:-1]
@@ -83,8 +84,10 @@ def _forward(context: Context, stream: BlockStream, ids: Tensor, total: int) -> 
     for block in range(blocks):
         if stores[block + 1].complete:
             continue
+        context.work.event(STAGE, "block begun", block=block, way="forward")
         with stream.block(block) as module:
             advance(context, stream, module, block, stores[block], stores[block + 1])
+        context.work.event(STAGE, "block done", block=block, way="forward")
         context.progress(STAGE, block + 1, total)
     return stores
 
@@ -134,6 +137,7 @@ def _back(context: Context, stream: BlockStream, block: int, inputs: Hidden, arr
     leaving = context.work.hidden(f"sensitivity-gradient-{block}", inputs.shape, torch.float32, context.chunk)
     if context.work.has(f"sensitivity/block-{block}.safetensors"):
         return leaving
+    context.work.event(STAGE, "block begun", block=block, way="backward")
     with stream.block(block) as module:
         moments = backward_block(
             lambda hidden: stream.run(module, block, hidden),
@@ -146,23 +150,24 @@ def _back(context: Context, stream: BlockStream, block: int, inputs: Hidden, arr
         )
     leaving.finish()
     _save_moments(context, f"block-{block}", moments)
-    context.work.event(STAGE, "block done", block=block)
+    context.work.event(STAGE, "block done", block=block, way="backward")
     arriving.remove()
     return leaving
 
 
-def _embedding(context: Context, ids: Tensor, hidden: Hidden, gradient: Hidden) -> None:
-    """Second moment of the gradient at the embedding's own output, before whatever the model scales it by."""
+def _embedding(context: Context, stream: BlockStream, ids: Tensor, gradient: Hidden) -> None:
+    """Second moment of the gradient at the embedding's own rows, before whatever the model makes of them."""
     layer = next((layer for layer in context.anatomy.layers if layer.name == context.anatomy.embedding), None)
-    moment = torch.zeros(hidden.shape[2], dtype=torch.float64)
-    for chunk in range(gradient.chunks):
-        moment += gradient.read(chunk).reshape(-1, hidden.shape[2]).double().square().sum(0)
-    moment /= ids.numel()
-    if layer is not None:
-        weight = context.weight(layer)[0]
-        first = hidden.read(0).double()
-        rows = weight[ids[: first.shape[0]]].double()
-        if rows.shape == first.shape:
-            scale = float((first * rows).sum() / rows.square().sum().clamp(min=1e-30))
-            moment *= scale * scale
-    context.work.save_tensors("sensitivity/embedding.safetensors", {"moment": moment.float()})
+    moment = torch.zeros(1 if layer is None else layer.shape[1], dtype=torch.float64)
+    with stream.embed_module() as module:
+        for chunk in range(gradient.chunks if layer is not None else 0):
+            assert layer is not None
+            weight = module.get_parameter(layer.parameter)
+            arriving = embedding_gradient(stream.embed, ids[gradient.sequences(chunk)], gradient.read(chunk), weight)
+            if arriving is None:
+                raise UnknownArchitecture(
+                    f"{type(module).__name__} does not look its tokens up in {layer.parameter}, so the price of errors "
+                    f"there cannot be measured; use --sensitivity flat."
+                )
+            moment += arriving.reshape(-1, arriving.shape[-1]).double().square().sum(0)
+    context.work.save_tensors("sensitivity/embedding.safetensors", {"moment": (moment / ids.numel()).float()})

@@ -1,9 +1,10 @@
 """Watches a running block: the one place that hooks a model.
 
 A weight is recognised by use, not by the class of the module that holds it: a torch function mode sees every matrix
-product (``linear``, and ``addmm`` for Conv1D) and looks its weight's address up among the watched parameters. So plain
-linears, GPT-2's transposed layers and single experts inside a stacked parameter are all seen by the same few lines.
-Modes are per thread, so several chunks of sequences can run at once, each with its own watch.
+product (``linear``, ``addmm`` for Conv1D, ``@`` and ``bmm`` in some experts) and looks its weight's address up among
+the watched parameters. So plain linears, GPT-2's transposed layers and experts inside a stacked parameter, one by one
+or all at once, are seen by the same few lines. Modes are per thread, so several chunks of sequences can run at once,
+each with its own watch.
 """
 
 from __future__ import annotations
@@ -25,12 +26,16 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Use:
-    """One product with a watched weight: which layer, which of its copies, the input ``(tokens, in)``, the output."""
+    """One product with a watched weight: which layer, which of its copies, the input ``(tokens, in)``, the output.
+
+    ``part``: where in the output this copy's tokens are, when one product serves all copies; None: all of it.
+    """
 
     layer: Layer
     copy: int
     inputs: Tensor
     output: Tensor
+    part: tuple[int, Tensor] | None = None
 
 
 class Watch(TorchFunctionMode):
@@ -58,24 +63,64 @@ class Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         inputs, weight = _operands(func, args, kwargs)
         known = self._at.get(weight.data_ptr()) if weight is not None and weight.device.type == "cpu" else None
-        if known is None or inputs is None:
+        if known is None or inputs is None or weight is None or not _multiplies(known[0], inputs, weight):
             return func(*args, **kwargs)
         layer, copy = known
         output = inputs.new_zeros(*inputs.shape[:-1], 1) if layer in self._skip else func(*args, **kwargs)
         with torch._C.DisableTorchFunction():
-            self._seen(Use(layer, copy, inputs.reshape(-1, inputs.shape[-1]), output))
+            if weight.ndim == 2:
+                self._seen(Use(layer, copy, inputs.reshape(-1, inputs.shape[-1]), output))
+            else:
+                # One product for all experts: tokens that an expert is not chosen for come to it as zeros.
+                for copy in range(layer.copies):
+                    chosen = inputs[copy].detach().any(-1)
+                    if chosen.any():
+                        self._seen(Use(layer, copy, inputs[copy][chosen], output, (copy, chosen)))
         return output
 
 
+class Lookup(TorchFunctionMode):
+    """Makes the rows looked up in the embedding ``weight`` something to differentiate by; ``rows`` has them then."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.rows: list[Tensor] = []
+        self._at = weight.data_ptr()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is not torch.nn.functional.embedding or args[1].data_ptr() != self._at:
+            return output
+        self.rows.append(output.detach().requires_grad_(True))
+        return self.rows[-1].clone()  # no leaf, so that it may be changed in place
+
+
+_PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.mm, torch.Tensor.mm, torch.bmm, torch.Tensor.bmm)
+
+
 def _operands(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
-    """Input and weight of a product, or (None, None) for any other function."""
+    """Input ``(..., in)`` and weight ``(..., in, out)`` of a product, or (None, None) for any other function."""
     if func is torch.nn.functional.linear:
         both = [*args, kwargs.get("input"), kwargs.get("weight")] if len(args) < 2 else args
         inputs, weight = [a for a in both if a is not None][:2]
-        return inputs, weight
+        return inputs, weight.transpose(-1, -2)
     if func is torch.addmm and len(args) == 3:
         return args[1], args[2]
+    if func in _PRODUCTS and len(args) == 2:
+        return args[0], args[1]
     return None, None
+
+
+def _multiplies(layer: Layer, inputs: Tensor, weight: Tensor) -> bool:
+    """Whether ``weight``, which begins where a matrix of ``layer`` begins, is that matrix, or all copies of it.
+
+    A slice of it, or it the other way round, is something else.
+    """
+    if weight.shape[-2:] != (layer.shape[1], layer.shape[0]) or weight.stride(-1 if layer.transposed else -2) != 1:
+        return False
+    return weight.ndim == 2 or (weight.ndim == inputs.ndim == 3 and weight.shape[0] == inputs.shape[0] == layer.copies)
 
 
 def in_order(work: Callable[[int], Result], count: int, workers: int) -> Iterator[Result]:
@@ -176,11 +221,13 @@ def collect_grams(
 class OutputMoments:
     """Second moments of the loss's gradient at layer outputs, ``Σ_tokens g²`` per output row.
 
-    Keyed by ``(layer name, copy)``; ``tokens`` counts the positions summed.
+    Keyed by ``(layer name, copy)``; ``tokens`` counts the positions summed. ``positions``: all there were in the text,
+    more than those that reach one expert; 0 where not known.
     """
 
     sums: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     tokens: dict[tuple[str, int], int] = field(default_factory=dict)
+    positions: int = 0
 
     def see(self, use: Use) -> None:
         if not use.output.requires_grad:
@@ -188,6 +235,7 @@ class OutputMoments:
         key = (use.layer.name, use.copy)
 
         def arrived(gradient: Tensor) -> None:
+            gradient = gradient if use.part is None else gradient[use.part]
             flat = gradient.detach().to(torch.float32).reshape(-1, gradient.shape[-1])
             product = (flat * flat).sum(0)
             self.sums[key] = self.sums[key] + product if key in self.sums else product

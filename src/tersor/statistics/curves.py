@@ -52,10 +52,13 @@ def draw_sample(weight: Tensor, objective: Objective, *, count: int, seed: int) 
     chance = torch.full_like(energy, 1.0 / out)
     if total > 0:
         chance = 0.5 * chance + 0.5 * energy / total
-    # Keys chance / Exp(1), largest first, draw without replacement in proportion to `chance`.
-    noise = torch.empty(out, dtype=torch.float64).exponential_(generator=generator)
-    rows = torch.topk(chance / noise, count).indices.sort().values
-    shares = 1.0 / (chance[rows] * count).clamp(max=1.0)
+    # Keys Exp(1) / chance, smallest first, draw without replacement in proportion to `chance`. Given the first key left
+    # out, each row is in or out by itself, with a known chance: sums over the sample are then unbiased even where a few
+    # rows are as good as certain (bottom-k sampling with rank conditioning, arXiv:0802.3448).
+    keys = torch.empty(out, dtype=torch.float64).exponential_(generator=generator) / chance
+    smallest = torch.topk(keys, count + 1, largest=False, sorted=True)
+    rows = smallest.indices[:count].sort().values
+    shares = 1.0 / -torch.expm1(-chance[rows] * smallest.values[count])
     estimate = float((shares * energy[rows]).sum())
     if estimate > 0:
         shares = shares * (total / estimate)

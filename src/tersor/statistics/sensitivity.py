@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tersor.contracts import Gram, Layer
-from tersor.statistics.collect import OutputMoments, Watch, in_order
+from tersor.statistics.collect import Lookup, OutputMoments, Watch, in_order
 from tersor.statistics.sampling import draw
 
 _HEAD_TOKENS = 256
@@ -114,15 +114,32 @@ def backward_head(
     return total
 
 
+def embedding_gradient(
+    embed: Callable[[Tensor], Tensor], ids: Tensor, gradient: Tensor, weight: Tensor
+) -> Tensor | None:
+    """Gradient at the rows of ``weight`` that ``embed`` looks up, ``(B, T, e)``, before anything is done to them.
+
+    ``gradient (B, T, d)``: at what ``embed(ids)`` gives, after scaling, positions, projections and norms. None when
+    nothing is looked up in ``weight``.
+    """
+    with torch.enable_grad():
+        with Lookup(weight) as lookup:
+            hidden = embed(ids)
+        if not lookup.rows:
+            return None
+        return sum(torch.autograd.grad(hidden, lookup.rows, gradient.to(hidden.dtype)), torch.zeros(()))
+
+
 def linear_objective(gram: Gram, moments: OutputMoments, layer: Layer, copy: int = 0) -> Objective:
     """The objective of a linear layer (or of one expert) from its Gram matrix and output gradients.
 
-    A fallback of flat row weights is used where no gradient arrived (an expert that no token chose).
+    The price is per token of text, so an expert's errors count by the share of tokens that choose it. A fallback of
+    flat row weights is used where no gradient arrived.
     """
     key = (layer.name, copy)
     if key not in moments.sums or moments.tokens[key] == 0:
         return Objective(torch.full((layer.shape[0],), 1e-8), gram)
-    return Objective(0.5 * moments.sums[key] / moments.tokens[key], gram)
+    return Objective(0.5 * moments.sums[key] / (moments.positions or moments.tokens[key]), gram)
 
 
 def embedding_objective(
@@ -152,6 +169,7 @@ __all__ = [
     "Objective",
     "backward_block",
     "backward_head",
+    "embedding_gradient",
     "embedding_objective",
     "linear_objective",
     "token_frequency",
