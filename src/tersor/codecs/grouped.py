@@ -82,8 +82,8 @@ class GroupedScalar(LeafCodec):
 
     def values(self, encoded: Encoded, in_features: int) -> Tensor:
         grid = self.grid(encoded.side, in_features)
-        rows = encoded.codes.shape[0]
-        codes = encoded.codes.reshape(rows, grid.scale.shape[1], -1)
+        rows, groups = encoded.codes.shape[0], grid.scale.shape[1]
+        codes = encoded.codes.reshape(rows, groups, in_features // groups)  # not -1: there may be no rows
         if grid.zero is not None:
             weight = (codes.to(torch.float32) - grid.zero[:, :, None]) * grid.scale[:, :, None]
         else:
