@@ -50,7 +50,9 @@ def test_every_command_that_is_named_exists() -> None:
 def test_every_codec_that_is_named_is_read() -> None:
     count = 0
     for page in MANUAL:
-        for text in re.findall(r"`((?:int|fp|lut)\d[a-z0-9:]*:[a-z0-9:]+)`", page.read_text(encoding="utf-8")):
+        for text in re.findall(
+            r"`((?:int|fp|lut)\d[a-z0-9:]*:[a-z0-9:]+|rows\(\d[^`]*\))`", page.read_text(encoding="utf-8")
+        ):
             assert str(parse(text)) == text
             count += 1
     assert count >= 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 import tersor.artifact.layout as layout_module
 from tersor.artifact import decoder_numpy, open_artifact
-from tersor.artifact.decoder_numpy import NUMPY, DecodeError, decode_rows, float_table, parse_codec, parts_of, unpack
+from tersor.artifact.decoder_numpy import NUMPY, DecodeError, decode_weight, float_table, parse_codec, parts_of, unpack
 from tersor.artifact.header import DTYPE_NAMES
 from tersor.codecs import parse
 
@@ -25,7 +26,7 @@ SCRIPT = Path(layout_module.__file__).parent / "decoder_numpy.py"
 groups = st.sampled_from(["g1", "g3", "g4", "g6", "g12", "row"])
 scale_forms = st.sampled_from(["", ":bf16", ":s8"])
 floats = st.sampled_from(["4:e1m2", "4:e2m1", "4:e3m0", "6:e2m3", "6:e3m2", "6:e4m1", "8:e2m5", "8:e4m3", "8:e5m2"])
-texts = st.one_of(
+leaves = st.one_of(
     st.tuples(st.integers(1, 8), groups, st.sampled_from(["", ":asym"]), scale_forms).map(
         lambda t: f"int{t[0]}:{t[1]}{t[2]}{t[3]}"
     ),
@@ -35,8 +36,28 @@ texts = st.one_of(
 )
 
 
+@st.composite
+def stretches(draw: st.DrawFn) -> tuple[str, tuple[int, int]]:
+    """A ``rows(...)`` codec of one to four stretches, and a shape for it."""
+    inner = draw(st.lists(leaves, min_size=1, max_size=4))
+    stops = list(itertools.accumulate(draw(st.lists(st.integers(1, 4), min_size=len(inner), max_size=len(inner)))))
+    text = ",".join(f"{stop}:{leaf}" for stop, leaf in zip(stops, inner, strict=True))
+    return f"rows({text})", (stops[-1], 24)
+
+
+whole = st.tuples(leaves, st.integers(1, 5)).map(lambda t: (t[0], (t[1], 19 if t[0].endswith("row") else 24)))
+
+
 def random_parts(text: str, shape: tuple[int, int], seed: int) -> dict[str, torch.Tensor]:
     """Valid stored tensors with random contents: any finite scale (subnormal and negative ones too), any valid code."""
+    if text.startswith("rows("):
+        return {
+            stretch.prefix + name: tensor
+            for i, stretch in enumerate(parse(text).stretches(shape[0]))
+            for name, tensor in random_parts(
+                str(stretch.codec), (stretch.stop - stretch.start, shape[1]), seed + i
+            ).items()
+        }
     rng = np.random.default_rng(seed)
     codec, (rows, columns) = parse_codec(text), shape
     usable = np.arange(2 ** min(codec.bits, 8))
@@ -61,10 +82,10 @@ def random_parts(text: str, shape: tuple[int, int], seed: int) -> dict[str, torc
     return tensors
 
 
-@settings(max_examples=150, deadline=None)
-@given(text=texts, rows=st.integers(1, 5), seed=st.integers(0, 2**32 - 1))
-def test_bit_for_bit_what_the_codecs_decode(text: str, rows: int, seed: int) -> None:
-    shape = (rows, 19 if text.endswith("row") else 24)
+@settings(max_examples=250, deadline=None)
+@given(case=whole | stretches(), seed=st.integers(0, 2**32 - 1))
+def test_bit_for_bit_what_the_codecs_decode(case: tuple[str, tuple[int, int]], seed: int) -> None:
+    text, shape = case
     tensors = random_parts(text, shape, seed)
     declared = parts_of(parse_codec(text), *shape)
     assert declared == {part.name: (DTYPE_NAMES[part.dtype], part.shape) for part in parse(text).parts(shape)}
@@ -74,7 +95,7 @@ def test_bit_for_bit_what_the_codecs_decode(text: str, rows: int, seed: int) -> 
         raw = tensor.contiguous().view(torch.uint8).numpy()
         arrays[name] = (dtype, raw.reshape(-1).view(NUMPY[dtype]).reshape(tensor.shape))
     with np.errstate(over="ignore", under="ignore"):
-        by_numpy = decode_rows(parse_codec(text), arrays, shape[1])
+        by_numpy = decode_weight(parse_codec(text), *shape, lambda part, a, b: (arrays[part][0], arrays[part][1][a:b]))
     by_torch = parse(text).decode(tensors, shape)
     assert by_numpy.dtype == np.float32
     assert by_numpy.tobytes() == by_torch.contiguous().numpy().tobytes()
@@ -143,11 +164,31 @@ def test_command_line(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         *("int0:row", "int9:row", "int4", "int4:g0", "int4:g4:g4", "int4:g4:asym:asym", "int4:g4:bf16:s8"),
         *("fp4:row", "fp4:e2m2:row", "fp5:e2m2:row", "fp8:e0m7:row", "fp8:e6m1:row", "fp4:e2m1:row:asym", "lut5:row"),
         *("lut3:g4", "lut3", "bf16:row", "", "int4:g4:", "int44:row", "int4:e2m1:row"),
+        *("rows(", "rows()", "rows(bf16)", "rows(4:bf16", "rows(4:bf16,)", "rows(0:bf16)", "rows(4:bf16,4:fp16)"),
+        *("rows(-4:bf16)", "rows(4:int9:row)", "rows(9:bf16,4:fp16)", "rows(9999999999:bf16)", "rows(4:bf16))"),
+        *("rows(4:rows(4:bf16))", "rows(4:rows(2:bf16,4:fp16))", "rows(1:" * 9999 + "bf16" + ")" * 9999),
     ],
 )
 def test_codec_texts_that_are_none(text: str) -> None:
     with pytest.raises(DecodeError, match="codec"):
         parse_codec(text)
+
+
+def test_stretches_in_a_folder(tmp_path: Path, maker: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "rows(1:int6:g4:asym,4:lut2:row,9:bf16)"
+    maker.build(tmp_path / "a", {"embed": (text, (9, 8))}, maker.small_kept())
+    folder = decoder_numpy.Folder(tmp_path / "a")
+    weight = folder.decode("embed")
+    assert weight.tobytes() == open_artifact(tmp_path / "a").decode("embed").numpy().tobytes()
+    assert sorted(folder.kept_names()) == ["norm.weight", "steps"]
+    monkeypatch.setattr(decoder_numpy, "TILE", 17)
+    assert folder.decode("embed").tobytes() == weight.tobytes()
+    for other, words in ((text.replace("9:", "10:"), "end at row 9"), (text.replace("4:l", "5:l"), r"embed\.s1_codes")):
+        maker.edit_json(
+            tmp_path / "a" / "config.json", lambda c, to=other: c["quantization_config"]["layers"].update(embed=to)
+        )
+        with pytest.raises(DecodeError, match=f"layer 'embed': .*{words}"):
+            decoder_numpy.Folder(tmp_path / "a").decode("embed")
 
 
 def refusal(path: Path) -> str:

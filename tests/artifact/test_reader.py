@@ -40,6 +40,37 @@ def test_what_it_gives(small: Path, maker: ModuleType) -> None:
     artifact.verify_hashes()
 
 
+@pytest.mark.parametrize("shard", [10**9, 60])
+def test_stretches_of_rows(tmp_path: Path, maker: ModuleType, shard: int) -> None:
+    text, shape = "rows(1:int6:g4:asym,4:lut2:row,9:bf16)", (9, 8)
+    maker.build(tmp_path / "a", {"embed": (text, shape)}, maker.small_kept(), max_shard_size=shard)
+    artifact = open_artifact(tmp_path / "a")
+    assert list(artifact.tensors("embed")) == ["s0_codes", "s0_scale", "s0_zero", "s1_codes", "s1_table", "s2_weight"]
+    whole = artifact.decode("embed")
+    assert whole.equal(parse(text).decode(maker.tensors_by_hand(text, shape), shape))
+    for rows in (slice(None), slice(0, 1), slice(2, 6), slice(-3, None), slice(0, 9, 4), slice(4, 4), slice(0, 99)):
+        assert artifact.decode("embed", rows).equal(whole[rows])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("rows(1:int6:g4:asym,4:lut2:row,10:bf16)", ["tersor.json", "'embed'", "10 rows", "has 9"]),
+        ("rows(2:int6:g4:asym,4:lut2:row,9:bf16)", ["model.safetensors", "embed.s0_", "[2, ", "[1, "]),
+        ("rows(1:int6:g4:asym,9:bf16)", ["model.safetensors", "embed.s1_", "no such tensor"]),
+        ("rows(4:lut2:row,1:bf16)", ["config.json", "'embed'", "ascend"]),
+        ("rows(4:lut2:row", ["config.json", "'embed'", "cannot be read"]),
+    ],
+)
+def test_stretches_that_do_not_fit_the_file(tmp_path: Path, maker: ModuleType, text: str, words: list[str]) -> None:
+    good = "rows(1:int6:g4:asym,4:lut2:row,9:bf16)"
+    maker.build(tmp_path / "a", {"embed": (good, (9, 8))}, maker.small_kept())
+    maker.edit_json(tmp_path / "a" / "config.json", lambda c: c["quantization_config"]["layers"].update(embed=text))
+    with pytest.raises(CorruptArtifact) as error:
+        open_artifact(tmp_path / "a")
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
 def test_sharded(tmp_path: Path, maker: ModuleType) -> None:
     maker.build(tmp_path / "one", maker.small_layers(), maker.small_kept())
     maker.build(tmp_path / "many", maker.small_layers(), maker.small_kept(), max_shard_size=30)

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 import tersor.artifact.layout as layout_module
-from tersor.artifact.decoder_numpy import NUMPY, decode_rows, parse_codec, parts_of, read_header
+from tersor.artifact.decoder_numpy import NUMPY, decode_weight, parse_codec, parts_of, read_header
 from tersor.artifact.header import DTYPE_NAMES
 from tersor.artifact.layout import compute_layout
 from tersor.codecs import parse
@@ -24,7 +24,7 @@ EXAMPLES = [json.loads(block) for block in re.findall(r"```json example\n(.*?)``
 
 def test_there_is_an_example_for_every_kind_of_codec() -> None:
     kinds = {(parse_codec(example["codec"]).kind, parse_codec(example["codec"]).scales) for example in EXAMPLES}
-    assert {kind for kind, _ in kinds} == {"int", "fp", "lut", "bf16", "fp16"}
+    assert {kind for kind, _ in kinds} == {"int", "fp", "lut", "bf16", "fp16", "rows"}
     assert {scales for _, scales in kinds} == {"fp16", "bf16", "s8"}
 
 
@@ -43,7 +43,10 @@ def test_example(example: dict[str, Any]) -> None:
         arrays[name] = (dtype, raw.view(NUMPY[dtype]).reshape(shape))
         torch_dtype = {name: dtype for dtype, name in DTYPE_NAMES.items()}[dtype]
         tensors[name] = torch.from_numpy(raw.copy()).view(torch_dtype).reshape(shape)
-    assert decode_rows(parse_codec(example["codec"]), arrays, columns).tobytes() == expected.tobytes()
+    by_numpy = decode_weight(
+        parse_codec(example["codec"]), rows, columns, lambda part, a, b: (arrays[part][0], arrays[part][1][a:b])
+    )
+    assert by_numpy.tobytes() == expected.tobytes()
     assert codec.decode(tensors, (rows, columns)).numpy().tobytes() == expected.tobytes()
 
 

@@ -122,7 +122,13 @@ def encode(weight: torch.Tensor, text: str) -> tuple[dict[str, torch.Tensor], to
     """Stored tensors of ``weight (out, in)``, and what they decode to."""
     codec = parse(text)
     shape = (weight.shape[0], weight.shape[1])
-    if isinstance(codec, LeafCodec):
+    if text.startswith("rows("):
+        tensors = {
+            stretch.prefix + name: tensor
+            for stretch in codec.stretches(shape[0])
+            for name, tensor in encode(weight[stretch.start : stretch.stop], str(stretch.codec))[0].items()
+        }
+    elif isinstance(codec, LeafCodec):
         tensors = codec.pack(Nearest().solve(weight, codec, None), shape)
     else:
         tensors = codec.encode(weight)

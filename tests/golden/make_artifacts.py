@@ -53,6 +53,7 @@ CODECS = (
     ),
     *("fp4:e2m1:g8", "fp4:e1m2:row", "fp4:e3m0:g4:bf16", "fp6:e2m3:g8", "fp6:e3m2:g6:s8", "fp6:e5m0:row"),
     *("fp8:e4m3:row", "fp8:e5m2:g8", "fp8:e3m4:g12:s8", "lut2:row", "lut3:row", "lut4:row", "bf16", "fp16"),
+    *("rows(1:int5:row:asym:s8,2:lut2:row,3:bf16)", "rows(2:int6:row,3:fp4:e2m1:row)"),
 )
 
 
@@ -67,6 +68,12 @@ def pack_by_hand(codes: list[list[int]], bits: int) -> Tensor:
 
 def tensors_by_hand(text: str, shape: tuple[int, int], salt: int = 0) -> dict[str, Tensor]:
     """Valid parts for a codec, by part name, filled with patterns that exercise all codes."""
+    if text.startswith("rows("):
+        return {
+            prefix + name: tensor
+            for start, stop, inner, prefix in _stretches_by_hand(text)
+            for name, tensor in tensors_by_hand(inner, (stop - start, shape[1]), salt + start).items()
+        }
     codec, (rows, columns) = parse_codec(text), shape
     tensors: dict[str, Tensor] = {}
     usable = list(range(2**codec.bits)) if codec.bits <= 8 else []
@@ -91,6 +98,13 @@ def tensors_by_hand(text: str, shape: tuple[int, int], salt: int = 0) -> dict[st
         else:
             tensors[part.name] = ((37 * (r * columns + c) % 256 - 128) / 64).to(part.dtype)
     return tensors
+
+
+def _stretches_by_hand(text: str) -> list[tuple[int, int, str, str]]:
+    """First row, row after the last, codec text and prefix of the parts of each stretch."""
+    pairs = [pair.split(":", 1) for pair in text.removeprefix("rows(").removesuffix(")").split(",")]
+    starts = [0, *(int(stop) for stop, _ in pairs)]
+    return [(starts[i], int(stop), inner, f"s{i}_") for i, (stop, inner) in enumerate(pairs)]
 
 
 def build(

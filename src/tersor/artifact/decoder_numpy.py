@@ -16,7 +16,7 @@ import json
 import re
 import struct
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -53,6 +53,8 @@ class Codec:
     asymmetric: bool = False
     scales: str = "fp16"
     exponent: int = 0
+    stretches: tuple[tuple[int, Codec], ...] = ()
+    """Of kind ``rows``: the row before which each stretch ends, and its codec."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,20 @@ class Stored:
 
 
 def parse_codec(text: str) -> Codec:
-    """The codec that a text such as ``int4:g64:asym:s8`` stands for."""
+    """The codec that a text such as ``int4:g64:asym:s8`` or ``rows(100:int4:g64,900:int2:g64)`` stands for."""
+    if not text.startswith("rows("):
+        return _parse_leaf(text)
+    pairs = [pair.partition(":") for pair in text[5:-1].split(",")]
+    if text[-1] != ")" or not all(re.fullmatch(r"[0-9]{1,9}", stop) for stop, _, _ in pairs):
+        raise DecodeError(f"codec '{text[:80]}' is not of the form rows(<stop>:<codec>,...)")
+    stops = [int(stop) for stop, _, _ in pairs]
+    if any(low >= high for low, high in zip([0, *stops], stops, strict=False)):
+        raise DecodeError(f"codec '{text[:80]}': its stops must ascend, beginning above 0")
+    leaves = [_parse_leaf(leaf) for _, _, leaf in pairs]
+    return Codec("rows", 0, stretches=tuple(zip(stops, leaves, strict=True)))
+
+
+def _parse_leaf(text: str) -> Codec:
     if text in ("bf16", "fp16"):
         return Codec(text, 16)
     head, *options = text.split(":")
@@ -97,6 +112,12 @@ def parse_codec(text: str) -> Codec:
 
 def parts_of(codec: Codec, rows: int, columns: int) -> dict[str, tuple[str, tuple[int, int]]]:
     """Part name to (dtype, shape): exactly the tensors stored for a weight ``(rows, columns)``."""
+    if codec.kind == "rows":
+        return {
+            prefix + name: part
+            for start, stop, leaf, prefix in stretches_of(codec, rows)
+            for name, part in parts_of(leaf, stop - start, columns).items()
+        }
     if codec.kind in ("bf16", "fp16"):
         return {"weight": ("BF16" if codec.kind == "bf16" else "F16", (rows, columns))}
     parts = {"codes": ("U8", (rows, packed_bytes(columns, codec.bits)))}
@@ -113,6 +134,16 @@ def parts_of(codec: Codec, rows: int, columns: int) -> dict[str, tuple[str, tupl
     if codec.asymmetric:
         parts |= {"zero": ("U8", (rows, packed_bytes(groups, codec.bits)))}
     return parts
+
+
+def stretches_of(codec: Codec, rows: int) -> list[tuple[int, int, Codec, str]]:
+    """(first row, row after the last, codec, prefix of the part names) of each stretch of rows with one codec."""
+    if codec.kind != "rows":
+        return [(0, rows, codec, "")]
+    starts = [0, *(stop for stop, _ in codec.stretches)]
+    if starts[-1] != rows:
+        raise DecodeError(f"expected stretches that end at row {rows}, found the last to end at {starts[-1]}")
+    return [(starts[i], stop, leaf, f"s{i}_") for i, (stop, leaf) in enumerate(codec.stretches)]
 
 
 def packed_bytes(count: int, bits: int) -> int:
@@ -161,8 +192,19 @@ def float_table(bits: int, exponent: int) -> Array:
     return table
 
 
+def decode_weight(codec: Codec, rows: int, columns: int, read: Callable[[str, int, int], tuple[str, Array]]) -> Array:
+    """The float32 weight ``(rows, columns)``. ``read(part, start, stop)``: these rows of a part, as (dtype, array)."""
+    weight = np.empty((rows, columns), np.float32)
+    for first, end, leaf, prefix in stretches_of(codec, rows):
+        names = parts_of(leaf, end - first, columns)
+        for start, stop in _tiles(end - first, columns):
+            tile = {name: read(prefix + name, start, stop) for name in names}
+            weight[first + start : first + stop] = decode_rows(leaf, tile, columns)
+    return weight
+
+
 def decode_rows(codec: Codec, parts: Mapping[str, tuple[str, Array]], columns: int) -> Array:
-    """Some rows of every part, as (dtype, array), to the float32 weight ``(rows, columns)``."""
+    """Some rows of every part, as (dtype, array), to float32 ``(rows, columns)``; for any codec but ``rows(...)``."""
     if codec.kind in ("bf16", "fp16"):
         dtype, weight = parts["weight"]
         return to_float32(weight, dtype)
@@ -299,11 +341,9 @@ class Folder:
                 have = "none" if stored is None else f"{stored.dtype} {list(stored.shape)}"
                 raise DecodeError(f"tensor '{layer}.{part}': expected {dtype} {list(shape)}, found {have}")
             found[part] = stored
-        weight = np.empty((rows, columns), np.float32)
-        for start, stop in _tiles(rows, columns):
-            tile = {part: (stored.dtype, read_rows(stored, start, stop)) for part, stored in found.items()}
-            weight[start:stop] = decode_rows(codec, tile, columns)
-        return weight
+        return decode_weight(
+            codec, rows, columns, lambda part, start, stop: (found[part].dtype, read_rows(found[part], start, stop))
+        )
 
     def kept(self, name: str) -> Array:
         """A tensor stored as it is; bfloat16 is widened to float32, 8-bit floats are given as their bytes."""
