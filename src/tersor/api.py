@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,12 @@ from typing import Any
 from torch import nn
 
 from tersor import pipeline
-from tersor.artifact import Artifact, open_artifact, plan_from_json
+from tersor.artifact import Artifact, plan_from_json
 from tersor.contracts import Anatomy, Plan, Quality
 from tersor.errors import BadInput
 from tersor.pipeline import Planned, Result
 from tersor.stages.context import Progress, silent
-from tersor.stages.evaluate import evaluate_model
+from tersor.stages.evaluate import evaluate_model, is_artifact, open_whole
 from tersor.stages.fast import fast_curves
 from tersor.stages.generate import generate_text
 from tersor.stages.options import Budget, Options, parse_budget, parse_bytes
@@ -27,16 +28,19 @@ Size = str | int | None
 
 def _options(budget: Budget | None, settings: Mapping[str, Any]) -> Options:
     settings = dict(settings)
+    known = [name for name in Options.__dataclass_fields__ if name != "budget"]
+    unknown = [name for name in settings if name not in known]
+    if unknown:
+        raise BadInput(f"Unknown option {unknown[0]!r}; options are {', '.join(known)}.")
     cap = settings.get("max_memory")
     if isinstance(cap, str):
         settings["max_memory"] = parse_bytes(cap, "--max-memory")
     if settings.get("candidates") is not None:
         settings["candidates"] = tuple(settings["candidates"])
-    try:
-        return Options(budget=budget, **settings)
-    except TypeError as error:
-        known = ", ".join(name for name in Options.__dataclass_fields__ if name != "budget")
-        raise BadInput(f"Unknown option ({error}); options are {known}.") from error
+    for name in ("text", "eval_text"):
+        if isinstance(settings.get(name), Path):
+            settings[name] = str(settings[name])
+    return Options(budget=budget, **settings)
 
 
 def _text(size: Size) -> str | None:
@@ -145,7 +149,7 @@ def evaluate(
 class Inspection:
     """What :func:`inspect` found: an artifact's contents, or a model's anatomy and how hard each layer is to compress.
 
-    ``errors``: relative error of each layer by codec text, from nearest rounding of a sample of rows.
+    ``errors``: relative error ``‖W − Ŵ‖ / ‖W‖`` of each layer by codec text, from nearest rounding of a sample of rows.
     """
 
     anatomy: Anatomy | None
@@ -155,8 +159,8 @@ class Inspection:
 
 def inspect(model: Model, *, progress: Progress = silent, cache_dir: Path | None = None, **settings: Any) -> Inspection:
     """Look into an artifact, or find out how compressible a model's layers are, from the weights alone."""
-    if isinstance(model, (str, Path)) and (Path(model) / "tersor.json").exists():
-        return Inspection(None, open_artifact(Path(model)), {})
+    if isinstance(model, (str, Path)) and is_artifact(Path(model)):
+        return Inspection(None, open_whole(Path(model), progress), {})
     options = _options(
         Budget("bpw", 16.0), {"candidates": ("int2:row", "int3:row", "int4:row", "int8:row"), **settings}
     )
@@ -165,7 +169,9 @@ def inspect(model: Model, *, progress: Progress = silent, cache_dir: Path | None
         records = fast_curves(context)
     # A flat objective prices a layer's whole energy at 1e-8 a weight; undo that to get the relative error.
     errors = {
-        layer.name: {text: value / (layer.parameters * 1e-8) for text, value in records[layer.name]["points"].items()}
+        layer.name: {
+            text: math.sqrt(value / (layer.parameters * 1e-8)) for text, value in records[layer.name]["points"].items()
+        }
         for layer in context.anatomy.layers
     }
     return Inspection(context.anatomy, None, errors)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tersor.errors import TersorError
+from tersor.errors import BadInput, TersorError
 
 app = typer.Typer(
     name="tersor",
@@ -55,17 +55,8 @@ Revision = Annotated[str | None, typer.Option(help="Revision of a hub model.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 
 
-def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise TersorError(f"--{name} {value!r} is unknown; use {', '.join(allowed)}.")
-
-
 def _settings(values: dict[str, Any]) -> dict[str, Any]:
     """Options of a command, out of its local variables, as the API takes them."""
-    _choice("solver", values["solver"], ("coordinate", "feedback", "nearest"))
-    _choice("sensitivity", values["sensitivity"], ("fisher", "flat"))
-    _choice("allocator", values["allocator"], ("exact", "lagrangian"))
-    _choice("dtype", values["dtype"], ("bfloat16", "float32"))
     named = values.pop("candidates")
     values["candidates"] = None if named is None else tuple(part.strip() for part in named.split(",") if part.strip())
     return values
@@ -95,6 +86,8 @@ def plan(
     allocator: AllocatorName = "exact",
     share_fused: ShareFused = False,
     dtype: Dtype = "bfloat16",
+    eval_text: EvalText = None,
+    eval_sequences: EvalSequences = 16,
     workers: Workers = None,
     max_memory: MaxMemory = None,
     trust_remote_code: Trust = False,
@@ -108,6 +101,8 @@ def plan(
     from tersor import api, show
     from tersor.artifact import plan_to_json
 
+    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
+        raise BadInput(f"The plan cannot be written to {output}; give a file in a folder that exists.")
     with show.progress() as progress:
         planned = api.plan(model, fast=fast, progress=progress, **_settings(values))
     if output is not None:
@@ -184,7 +179,6 @@ def evaluate(
     """Measure KL, perplexity and agreement against the reference."""
     from tersor import api, show
 
-    _choice("dtype", dtype, ("bfloat16", "float32"))
     with show.progress() as progress:
         quality = api.evaluate(
             model,
@@ -225,7 +219,8 @@ def run(
     from tersor import api, show
 
     shown: Callable[[str], None] | None = None if as_json else show.stream
-    text = api.generate(artifact, prompt, tokens=tokens, temperature=temperature, seed=seed, on_text=shown)
+    with show.progress():
+        text = api.generate(artifact, prompt, tokens=tokens, temperature=temperature, seed=seed, on_text=shown)
     if as_json:
         sys.stdout.write(json.dumps({"prompt": prompt, "text": text}) + "\n")
 
@@ -237,8 +232,11 @@ def main() -> None:
     except TersorError as error:
         sys.stderr.write(f"tersor: {error}\n")
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.stderr.write("tersor: stopped; the same command continues where it was.\n")
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # The option parser turns Ctrl-C into this exit code, without a word.
+        if isinstance(stop, SystemExit) and stop.code != 130:
+            raise
+        sys.stderr.write("tersor: stopped; the same command continues compress and plan where they were.\n")
         sys.exit(130)
     except OSError as error:
         # A full or failing disk, a folder without permission: the system's own sentence, and where.

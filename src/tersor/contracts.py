@@ -53,17 +53,26 @@ class Codec(ABC):
 
     @abstractmethod
     def parts(self, shape: Shape) -> tuple[Part, ...]:
-        """The stored tensors for a weight ``(out, in)``. The first dimension of every part is ``out``.
+        """The stored tensors for a weight ``(out, in)``. Rows come first in every part.
 
         Raises :class:`~tersor.errors.ShapeMismatch` when the shape cannot be taken.
         """
 
     @abstractmethod
     def decode(self, tensors: Mapping[str, Tensor], shape: Shape) -> Tensor:
-        """Stored tensors back to a float32 weight ``(out, in)``.
+        """Stored tensors back to a float32 weight ``(out, in)``."""
 
-        Because all parts have rows first, decoding a tile of rows is decoding the same rows of every part.
+    def decode_rows(self, tensors: Mapping[str, Tensor], in_features: int, rows: slice | Tensor) -> Tensor:
+        """Some rows ``(n, in)`` out of a whole layer's stored tensors. ``rows``: a slice, or row numbers ``(n,)``.
+
+        Because parts have rows first, that is decoding the same rows of every part.
         """
+        tile = {name: tensor[rows] for name, tensor in tensors.items()}
+        return self.decode(tile, (next(iter(tile.values())).shape[0], in_features))
+
+    def stretches(self, rows: int) -> tuple[Stretch, ...]:
+        """Stretches of rows that are encoded each by itself: one, unless the codec is made of several."""
+        return (Stretch(0, rows, self, ""),)
 
     def bits(self, shape: Shape) -> int:
         """Exact size in bits of what is stored for a weight ``(out, in)``, side information included."""
@@ -76,6 +85,16 @@ class Codec(ABC):
         except ShapeMismatch:
             return False
         return True
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Rows ``start`` to ``stop`` of a layer, in ``codec``; the names of their parts begin with ``prefix``."""
+
+    start: int
+    stop: int
+    codec: Codec
+    prefix: str
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import shutil
 import time
@@ -27,31 +26,37 @@ from tersor.artifact import (
     partial_path,
     plan_to_json,
     publish,
-    validate_plan,
 )
 from tersor.codecs import parse
 from tersor.contracts import Anatomy, Codec, Plan, Quality
-from tersor.errors import BadInput, CannotResume, VerificationFailed
+from tersor.errors import BadInput, CannotResume, Infeasible, NotFinite, TersorError, VerificationFailed
 from tersor.stages import curves as curve_stage
 from tersor.stages import finish
 from tersor.stages import report as report_stage
-from tersor.stages.allocate import Costs, artifact_layout, budget_bytes, check_feasible, make_plan
+from tersor.stages.allocate import (
+    Costs,
+    artifact_layout,
+    budget_bytes,
+    check_feasible,
+    dense_layout,
+    make_plan,
+    sized_plan,
+)
 from tersor.stages.context import Context, Progress, silent
 from tersor.stages.encode import encode_model
-from tersor.stages.estimate import Estimate, choose_workers, chunk_sequences, estimate
+from tersor.stages.estimate import Estimate, check_disk, choose_workers, chunk_sequences, disk_bytes, estimate
 from tersor.stages.fast import fast_curves
 from tersor.stages.options import Budget, Options
 from tersor.stages.sensitivity import measure_sensitivity
 from tersor.stages.text import Texts, prepare_texts
+from tersor.stages.weights import check_finite
 from tersor.stages.work import Work
 from tersor.version import __version__
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Planned:
-    """What ``tersor plan`` shows. ``least``: the smallest budget that would have worked, bytes."""
+    """What ``tersor plan`` shows."""
 
     plan: Plan
     anatomy: Anatomy
@@ -145,24 +150,28 @@ def plan(
     """
     budget = _needs_budget(options)
     source, body, anatomy = examine(model, options, cache_dir=cache_dir)
-    target = budget_bytes(anatomy, budget)
     workers = choose_workers(anatomy, options, available_workers())
     cache = cache_folder(cache_dir)
-    key = hashlib.sha256(json.dumps([source.fingerprint(), options.identity()]).encode()).hexdigest()[:16]
+    identity = finish.identity(source, options, None)
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     work = Work(work_folder or cache / "plans" / key)
     context = _context(source, body, anatomy, options, work, workers, progress)
-    check_feasible(
-        anatomy, target, {layer.name: curve_stage.layer_candidates(context, layer) for layer in anatomy.layers}
-    )
-    notes: tuple[str, ...] = anatomy.notes
+    target = _target(context)
+    notes = anatomy.notes + curve_stage.candidate_notes(context)
     with one_thread_each():
         if fast:
             records = fast_curves(context)
         else:
             context.check_streamed()
-            work.begin(_identity(context, None))
-            texts = prepare_texts(source, options, cache=cache, workers=workers, progress=progress)
-            notes += texts.calibration.notes + _measure(context, texts, points=True)
+            work.begin(identity)
+            try:
+                check_finite(context)
+                texts = prepare_texts(source, options, cache=cache, workers=workers, progress=progress)
+                notes += texts.calibration.notes + _measure(context, texts, points=True)
+            except TersorError as error:
+                if _hopeless(error):
+                    shutil.rmtree(work.folder.parent.parent, ignore_errors=True)
+                raise
             records = curve_stage.load_records(context)
     costs = Costs(anatomy, target)
     made = make_plan(anatomy, curve_stage.rate_points(context, records, costs.layer), target, options)
@@ -199,18 +208,20 @@ def compress(
             source, body, anatomy = examine(model, options, cache_dir=cache_dir)
         workers = choose_workers(anatomy, options, available_workers())
         context = _context(source, body, anatomy, options, Work(partial), workers, progress)
-        target = _target(context, given)
+        given = None if given is None else sized_plan(anatomy, given, options.budget)
+        target = _target(context) if given is None else given.budget
         if fresh and (output / STATE_FOLDER).exists():
             finished = _published(context, output, given, clock, overwrite=overwrite)
             if finished is not None:
                 return finished
         context.check_streamed()
-        context.work.begin(_identity(context, given))
+        check_disk(partial, disk_bytes(anatomy, options, min(target, dense_layout(anatomy).total_bytes)))
+        context.work.begin(finish.identity(source, options, given))
         with one_thread_each():
             result = _run(context, target, given, clock, cache_folder(cache_dir), output, command)
-    except BaseException:
-        # A run that failed before it did any work leaves nothing behind.
-        if fresh and not (partial / STATE_FOLDER / "work" / "texts.json").exists():
+    except BaseException as error:
+        # A run that failed before it did any work, or that would fail again, leaves nothing behind.
+        if fresh and (_hopeless(error) or not (partial / STATE_FOLDER / "work" / "texts.json").exists()):
             shutil.rmtree(partial, ignore_errors=True)
         raise
     publish(partial, output, replace=overwrite)
@@ -223,11 +234,14 @@ def _run(
     """All stages after the source is open, up to an artifact that is complete but not yet in its place."""
     work, anatomy, options = context.work, context.anatomy, context.options
     resumed = work.has("texts.json")
+    with clock.stage("open"):
+        check_finite(context)
     with clock.stage("text"):
         texts = prepare_texts(context.source, options, cache=cache, workers=context.workers, progress=context.progress)
         _keep_digests(work, texts)
     with clock.stage("statistics"):
-        notes = texts.calibration.notes + _measure(context, texts, points=given is None)
+        notes = curve_stage.candidate_notes(context) if given is None else ()
+        notes += texts.calibration.notes + _measure(context, texts, points=given is None)
     with clock.stage("plan"):
         made, codecs = _plan(context, target, given)
         (work.folder.parent.parent / "plan.json").write_text(plan_to_json(made))
@@ -328,28 +342,16 @@ def _plan(context: Context, target: int, given: Plan | None) -> tuple[Plan, Mapp
                 f"The plan takes {made.file_bytes:,} bytes, more than the budget of {target:,}: a size was "
                 f"mispredicted; please report this."
             )
-        return made, {name: parse(choice.codec) for name, choice in made.layers.items()}
-    return given, validate_plan(given, [layer.name for layer in anatomy.layers], parse)
+        given = made
+    return given, {name: parse(choice.codec) for name, choice in given.layers.items()}
 
 
-def _target(context: Context, given: Plan | None) -> int:
+def _target(context: Context) -> int:
     """The budget in bytes, checked to be reachable before any work."""
-    anatomy = context.anatomy
-    if given is not None:
-        codecs = validate_plan(given, [layer.name for layer in anatomy.layers], parse)
-        size = artifact_layout(anatomy, codecs).total_bytes
-        budget = context.options.budget
-        target = budget_bytes(anatomy, budget) if budget is not None else max(given.budget, size)
-        if size > target:
-            raise BadInput(
-                f"The plan takes {size:,} bytes, more than the budget of {target:,}: choose smaller codecs in it, "
-                f"or give --size {size}."
-            )
-        return target
-    target = budget_bytes(anatomy, _needs_budget(context.options))
-    candidates = {layer.name: curve_stage.layer_candidates(context, layer) for layer in anatomy.layers}
-    check_feasible(anatomy, target, candidates)
-    return target
+    budget = _needs_budget(context.options)
+    candidates = {layer.name: curve_stage.layer_candidates(context, layer) for layer in context.anatomy.layers}
+    check_feasible(context.anatomy, budget, candidates)
+    return budget_bytes(context.anatomy, budget)
 
 
 def _needs_budget(options: Options) -> Budget:
@@ -391,11 +393,6 @@ def _context(
     )
 
 
-def _identity(context: Context, given: Plan | None) -> dict[str, object]:
-    """What makes a run this run: a resumed one must agree in all of it."""
-    return {
-        "model": context.source.fingerprint(),
-        "options": context.options.identity(),
-        "plan": None if given is None else hashlib.sha256(plan_to_json(given).encode()).hexdigest(),
-        "versions": finish.versions(),
-    }
+def _hopeless(error: BaseException) -> bool:
+    """Whether the same run would fail in the same way again, so that its work is worth nothing."""
+    return isinstance(error, (NotFinite, Infeasible))

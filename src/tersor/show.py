@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from transformers.utils import logging
 
 from tersor.api import Inspection
 from tersor.contracts import Quality
@@ -23,7 +25,10 @@ from tersor.pipeline import Planned, Result
 
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar with time left per stage, on standard error; nothing where that is not a terminal."""
+    """A bar with time left per stage, on standard error; nothing where that is not a terminal.
+
+    transformers' own bars are off meanwhile: they would break up this one, and fill log files.
+    """
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description:<12}"),
@@ -33,7 +38,7 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+    with _no_bars(), Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         tasks: dict[str, Any] = {}
 
         def update(stage: str, done: int, total: int) -> None:
@@ -44,12 +49,37 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
         yield update
 
 
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def emit(as_json: bool, data: Callable[[], Any], table: Callable[[], None]) -> None:
     """Print an answer one way or the other, on standard output."""
     if as_json:
-        sys.stdout.write(json.dumps(data(), indent=1) + "\n")
+        sys.stdout.write(json.dumps(_plain(data()), indent=1, allow_nan=False) + "\n")
     else:
         table()
+
+
+def _plain(data: Any) -> Any:
+    """The same for JSON, which has no NaN: what is unknown becomes null."""
+    if isinstance(data, dict):
+        return {key: _plain(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_plain(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def _console() -> Console:
+    """Standard output; a file or a pipe has no edge that long layer names would have to be cut at."""
+    return Console() if sys.stdout.isatty() else Console(width=200)
 
 
 def stream(text: str) -> None:
@@ -71,7 +101,7 @@ def _facts(title: str, rows: list[tuple[str, str]]) -> None:
     table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(name, escape(value))
-    Console().print(table)
+    _console().print(table)
 
 
 def plan_data(planned: Planned) -> dict[str, Any]:
@@ -106,7 +136,7 @@ def plan_table(planned: Planned, output: Path | None) -> None:
         weights[key] += layer.parameters
     for key in sorted(counts):
         layers.add_row(*key, str(counts[key]), f"{sizes[key]:,}", f"{8 * sizes[key] / weights[key]:.3f}")
-    Console().print(layers)
+    _console().print(layers)
     fates = Counter(fate.fate for fate in anatomy.tensors)
     rows = [
         ("budget", f"{plan.budget:,} bytes"),
@@ -114,7 +144,7 @@ def plan_table(planned: Planned, output: Path | None) -> None:
         ("bits per weight", f"{8 * plan.file_bytes / anatomy.parameters:.3f}, everything included"),
         (
             "predicted KL",
-            f"{plan.predicted:.4f} nats/token" if plan.options.get("measured") else "not measured (--fast)",
+            _predicted(plan.predicted) if plan.options.get("measured") else "not measured (--fast)",
         ),
         ("tensors", ", ".join(f"{count} {fate}" for fate, count in fates.items())),
         ("peak memory", f"about {nice_bytes(planned.estimate.memory)} above the interpreter's own"),
@@ -125,6 +155,10 @@ def plan_table(planned: Planned, output: Path | None) -> None:
         rows.append(("plan", str(output)))
     rows += [("note", note) for note in planned.notes]
     _facts("Run", rows)
+
+
+def _predicted(value: float) -> str:
+    return "unknown: the plan was edited" if math.isnan(value) else f"{value:.5f} nats/token"
 
 
 def quality_data(quality: Quality) -> dict[str, Any]:
@@ -166,7 +200,7 @@ def result_table(result: Result) -> None:
         ("weight files", f"{plan.file_bytes:,} bytes of {plan.budget:,} ({plan.file_bytes / plan.budget:.2%})"),
         ("bits per weight", f"{result.bits_per_weight:.3f}, everything included"),
         *_quality_rows(result.quality),
-        ("predicted KL", f"{plan.predicted:.5f} nats/token"),
+        ("predicted KL", _predicted(plan.predicted)),
         ("time", f"{result.seconds:.0f} s" + (" (resumed)" if result.resumed else "")),
         ("peak memory", f"{nice_bytes(result.peak_memory)} above the interpreter's own"),
     ]
@@ -207,14 +241,15 @@ def inspection_table(found: Inspection) -> None:
         artifact = found.artifact
         table.title = f"{artifact.folder}: {artifact.weight_bytes:,} bytes of weights"
         for heading in ("layer", "codec", "shape", "bits/weight", "relative error"):
-            table.add_column(heading, justify="left" if heading in ("layer", "codec") else "right")
+            left = heading in ("layer", "codec")
+            table.add_column(heading, justify="left" if left else "right", overflow="fold")
         for name, codec in artifact.layers.items():
             rows, columns = artifact.shapes[name]
             bits = codec.bits((rows, columns)) / (rows * columns)
             error = artifact.manifest.errors.get(name)
             shown = "" if error is None else f"{error:.4f}"
             table.add_row(name, str(codec), f"{rows} x {columns}", f"{bits:.3f}", shown)
-        Console().print(table)
+        _console().print(table)
         if artifact.manifest.quality is not None:
             quality_table(artifact.manifest.quality)
         return
@@ -223,13 +258,14 @@ def inspection_table(found: Inspection) -> None:
     texts = list(next(iter(found.errors.values()), {}))
     table.title = f"{anatomy.model_type}: {anatomy.parameters:,} weights, {anatomy.source_bytes:,} bytes"
     for heading in ("layer", "kind", "shape", "inputs shared by", *(f"error {text}" for text in texts)):
-        table.add_column(heading, justify="left" if heading in ("layer", "kind", "inputs shared by") else "right")
+        left = heading in ("layer", "kind", "inputs shared by")
+        table.add_column(heading, justify="left" if left else "right", overflow="fold")
     for layer in anatomy.layers:
         shape = f"{layer.shape[0]} x {layer.shape[1]}" + (f" x {layer.copies}" if layer.copies > 1 else "")
         shared = sum(other.inputs == layer.inputs for other in anatomy.layers)
         errors = [f"{found.errors[layer.name].get(text, float('nan')):.4f}" for text in texts]
         table.add_row(layer.name, layer.kind, shape, str(shared), *errors)
-    Console().print(table)
+    _console().print(table)
     fates = Counter(fate.fate for fate in anatomy.tensors)
     facts = [("tensors", ", ".join(f"{count} {fate}" for fate, count in fates.items()))]
     _facts("Anatomy", facts + [("note", note) for note in anatomy.notes])

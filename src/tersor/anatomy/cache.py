@@ -5,13 +5,16 @@ A folder appears whole or not at all: it is written beside its final place and r
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import shutil
 import struct
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -40,7 +43,8 @@ def from_gguf(file: Path, cache_dir: Path | None) -> tuple[Path, str]:
 
     Raises BadInput (a package is missing), CorruptArtifact (no whole GGUF file) or UnknownArchitecture.
     """
-    key = _key([_VERSION, transformers.__version__.encode(), str(file.stat().st_size).encode(), *samples(file)])
+    size = str(file.stat().st_size).encode()
+    key = _key([_VERSION, transformers.__version__.encode(), size, *samples(file, whole=1 << 26)])
 
     def write(folder: Path) -> None:
         note = _gguf_note(file)
@@ -167,8 +171,13 @@ def _gguf_note(file: Path) -> str:
 def _read_gguf(file: Path) -> Any:
     packs: Any = getattr(transformers, "GgufConfig", None)  # versions without it always dequantize
     options = {} if packs is None else {"quantization_config": packs(dequantize=True)}
+    # transformers draws a bar of its own while it converts, terminal or not.
+    quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
     try:
-        return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16, **options)
+        with quiet:
+            return AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, dtype=torch.bfloat16, **options
+            )
     except (ValueError, KeyError, ImportError, NotImplementedError) as error:
         raise UnknownArchitecture(f"transformers cannot read the GGUF file {file}: {error}") from error
 

@@ -145,10 +145,16 @@ def map_tensor(info: TensorInfo) -> Tensor:
     return raw.view(info.dtype).reshape(info.shape)
 
 
-def samples(file: Path, *, every: int = 1 << 24, length: int = 1 << 16) -> Iterator[bytes]:
-    """Pieces of ``length`` bytes: at the start of each stretch of ``every`` bytes, and at the end of the file."""
+def samples(file: Path, *, every: int = 1 << 24, length: int = 1 << 16, whole: int = 0) -> Iterator[bytes]:
+    """Pieces of ``length`` bytes: at the start of each stretch of ``every`` bytes, and at the end of the file.
+
+    A file of at most ``whole`` bytes is given completely.
+    """
     size = file.stat().st_size
     with file.open("rb") as stream:
+        if size <= whole:
+            yield stream.read()
+            return
         for position in [*range(0, size, every), max(0, size - length)]:
             stream.seek(position)
             yield stream.read(length)

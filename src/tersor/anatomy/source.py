@@ -25,6 +25,7 @@ _CONFIG_ERRORS = (
     *(ValueError, TypeError, KeyError, AttributeError, ImportError, OSError, ArithmeticError),
     StrictDataclassError,
 )
+_READ_WHOLE = 1 << 26
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -45,15 +46,24 @@ class Source:
     lossy_note: str | None = None
     trust_remote_code: bool = False
 
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) over config.json, and each shard's name, size, header and 64 KiB of every 16 MiB.
+    def stamp(self) -> str:
+        """SHA-256 (hex) over the weight files' names, sizes and times of change: moved by any edit, and by a copy."""
+        files = sorted({info.file for info in self.tensors.values()})
+        seen = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
 
-        Cheap, yet any retraining, requantization or reordering of the weights changes it.
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over config.json and each shard's name, size, header and data.
+
+        Of shards larger than 64 MiB (than their part of it, where there are several) only 64 KiB of every 16 MiB are
+        read. Cheap, yet any retraining, requantization or reordering of the weights changes it.
         """
         digest = hashlib.sha256()
         parts = [(self.path / "config.json").read_bytes()]
-        for file in sorted({info.file for info in self.tensors.values()}):
-            parts += [file.name.encode(), str(file.stat().st_size).encode(), read_header(file), *samples(file)]
+        files = sorted({info.file for info in self.tensors.values()})
+        for file in files:
+            parts += [file.name.encode(), str(file.stat().st_size).encode(), read_header(file)]
+            parts += samples(file, whole=_READ_WHOLE // len(files))
         for part in parts:
             digest.update(len(part).to_bytes(8, "little") + part)
         return digest.hexdigest()

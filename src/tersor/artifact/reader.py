@@ -75,13 +75,9 @@ class Artifact:
         """The float32 weight ``(rows, in)`` of a layer, or of a slice of its rows; only those rows are read."""
         codec = self._codec(layer)
         tensors = self.tensors(layer)
-        count, columns = self.shapes[layer]
-        if rows is not None:
-            tensors = {name: tensor[rows] for name, tensor in tensors.items()}
-            count = len(range(*rows.indices(count)))
-        if count == 0:
-            return torch.empty(0, columns)
-        return codec.decode(tensors, (count, columns))
+        if rows is None:
+            return codec.decode(tensors, self.shapes[layer])
+        return codec.decode_rows(tensors, self.shapes[layer][1], rows)
 
     def kept(self, name: str) -> Tensor:
         """A tensor that was stored as it is, memory-mapped. Raises ``BadInput`` for an unknown name."""

@@ -3,7 +3,8 @@
 from tersor.codecs.dense import Dense
 from tersor.codecs.integer import Integer
 from tersor.codecs.lookup import LookupTable
+from tersor.codecs.rows import RowStretches
 from tersor.codecs.small_float import SmallFloat
 from tersor.codecs.text import parse
 
-__all__ = ["Dense", "Integer", "LookupTable", "SmallFloat", "parse"]
+__all__ = ["Dense", "Integer", "LookupTable", "RowStretches", "SmallFloat", "parse"]

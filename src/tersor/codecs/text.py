@@ -14,6 +14,7 @@ import re
 from tersor.codecs.dense import Dense
 from tersor.codecs.integer import Integer
 from tersor.codecs.lookup import LookupTable
+from tersor.codecs.rows import RowStretches
 from tersor.codecs.scales import ScaleFormat
 from tersor.codecs.small_float import SmallFloat
 from tersor.contracts import Codec
@@ -23,6 +24,7 @@ _FORMS = (
     "int{1-8}:{g<n>|row}[:asym][:bf16|:s8]",
     "fp{4,6,8}:e<E>m<M>:{g<n>|row}[:bf16|:s8]",
     "lut{2-4}:row",
+    "rows(<stop>:<codec>,…)",
     "bf16",
     "fp16",
 )
@@ -30,7 +32,10 @@ _FORMS = (
 
 def parse(text: str) -> Codec:
     """The codec that a text stands for. Raises BadInput with what is wrong and what can be written."""
-    head, *options = text.strip().split(":")
+    text = text.strip()
+    if text.startswith("rows("):
+        return _stretches(text)
+    head, *options = text.split(":")
     if head in ("bf16", "fp16") and not options:
         return Dense(head)
     match = re.fullmatch(r"(int|fp|lut)(\d{1,2})", head)
@@ -57,6 +62,16 @@ def parse(text: str) -> Codec:
     if codec.mantissa != int(layout[2]):
         raise BadInput(f"Codec {text!r} cannot be read: 1 + {layout[1]} + {layout[2]} bits are not {bits}.")
     return codec
+
+
+def _stretches(text: str) -> RowStretches:
+    inner = text[len("rows(") : -1].split(",") if text.endswith(")") else []
+    pairs = [piece.strip().split(":", 1) for piece in inner]
+    if not pairs or any(len(pair) != 2 or not re.fullmatch(r"\d{1,9}", pair[0]) for pair in pairs):
+        raise BadInput(
+            f"Codec {text!r} cannot be read: write rows(<stop>:<codec>,…), such as rows(100:int4:g64,900:int2:g64)."
+        )
+    return RowStretches(tuple(int(stop) for stop, _ in pairs), tuple(parse(codec) for _, codec in pairs))
 
 
 def _common(text: str, options: list[str]) -> tuple[int | None, ScaleFormat, list[str]]:

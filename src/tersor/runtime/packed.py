@@ -70,9 +70,8 @@ class Packed(nn.Module):
     @torch.no_grad()
     def decode(self, rows: slice | Tensor) -> Tensor:
         """The chosen rows of the weight, ``(n, in)`` float32."""
-        tensors = {name: self.part(name)[rows] for name in self.part_names}
-        count = tensors[self.part_names[0]].shape[0]
-        return self.codec.decode(tensors, (count, self.stored_shape[1]))
+        tensors = {name: self.part(name) for name in self.part_names}
+        return self.codec.decode_rows(tensors, self.stored_shape[1], rows)
 
     @torch.no_grad()
     def dense(self, start: int = 0, stop: int | None = None, *, dtype: torch.dtype | None = None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import math
 from collections.abc import Mapping
 
 import torch
@@ -16,13 +16,12 @@ from tersor.artifact import (
     header_cost,
     most_shards,
     tensor_header_cost,
+    validate_plan,
 )
 from tersor.codecs import parse
 from tersor.contracts import Allocator, Anatomy, Choice, Codec, Layer, Plan, RatePoint
-from tersor.errors import Infeasible
+from tersor.errors import BadInput, Infeasible, ShapeMismatch
 from tersor.stages.options import Budget, Options
-
-_log = logging.getLogger(__name__)
 
 
 def artifact_layout(anatomy: Anatomy, codecs: Mapping[str, Codec]) -> Layout:
@@ -55,24 +54,35 @@ class Costs:
         return header + codec.bits(layer.stored_shape) // 8
 
 
+def dense_layout(anatomy: Anatomy) -> Layout:
+    """The layout with every layer in bfloat16: as large as an artifact gets."""
+    return artifact_layout(anatomy, {layer.name: parse("bf16") for layer in anatomy.layers})
+
+
+def _header_bytes(anatomy: Anatomy) -> int:
+    layout = dense_layout(anatomy)
+    return layout.total_bytes - sum(entry.nbytes for entry in layout.entries.values())
+
+
 def budget_bytes(anatomy: Anatomy, budget: Budget) -> int:
     """A budget of any kind as bytes of all weight files."""
-    dense = {layer.name: parse("bf16") for layer in anatomy.layers}
-    layout = artifact_layout(anatomy, dense)
-    data = sum(entry.nbytes for entry in layout.entries.values())
-    return budget.file_bytes(anatomy, layout.total_bytes - data)
+    return budget.file_bytes(anatomy, _header_bytes(anatomy))
 
 
-def check_feasible(anatomy: Anatomy, budget: int, candidates: Mapping[str, Mapping[str, Codec]]) -> None:
+def check_feasible(anatomy: Anatomy, budget: Budget, candidates: Mapping[str, Mapping[str, Codec]]) -> None:
     """Raise Infeasible before any work, naming the least possible size, when even the smallest choices do not fit."""
-    costs = Costs(anatomy, budget)
-    least = costs.fixed + sum(
-        min(costs.layer(layer, codec) for codec in candidates[layer.name].values()) for layer in anatomy.layers
-    )
-    if least > budget:
+    target = budget_bytes(anatomy, budget)
+    costs = Costs(anatomy, target)
+    cheapest = {
+        layer.name: min(candidates[layer.name].values(), key=lambda codec: costs.layer(layer, codec))
+        for layer in anatomy.layers
+    }
+    least = artifact_layout(anatomy, cheapest).total_bytes
+    if least > target:
+        hint = budget.asking_for(least, anatomy, _header_bytes(anatomy))
         raise Infeasible(
-            f"A budget of {budget:,} bytes is below the least possible, {least:,} bytes, for this model and these "
-            f"candidates; give --size {least} or more, or allow smaller codecs with --candidates.",
+            f"A budget of {budget} is below the least possible for this model and these candidates, weight files of "
+            f"{least:,} bytes; give {hint} or more, or allow smaller codecs with --candidates.",
             least,
         )
 
@@ -86,16 +96,21 @@ def make_plan(anatomy: Anatomy, curves: Mapping[str, list[RatePoint]], budget: i
         for layer in anatomy.layers:
             if layer.fused is not None:
                 groups.setdefault(f"fused:{layer.fused}", []).append(layer.name)
+    merged = merge_groups(curves, groups)
     try:
-        chosen = allocator.allocate(merge_groups(curves, groups), budget - costs.fixed)
+        chosen = allocator.allocate(merged, budget - costs.fixed)
     except Infeasible as error:
-        least = error.smallest + costs.fixed
+        # Costs are bounds, some bytes a tensor too high; the cheapest choices may fit all the same.
+        chosen = {key: min(points, key=lambda point: point.nbytes) for key, points in merged.items()}
+        plan = plan_from_points(anatomy, expand_groups(chosen, curves, groups), budget)
+        if plan.file_bytes <= budget:
+            return plan
+        least = plan.file_bytes
         raise Infeasible(
             f"A budget of {budget:,} bytes is below the least possible, {least:,} bytes; give --size {least} or more.",
             least,
         ) from error
-    points = expand_groups(chosen, curves, groups)
-    return plan_from_points(anatomy, points, budget)
+    return plan_from_points(anatomy, expand_groups(chosen, curves, groups), budget)
 
 
 def plan_from_points(anatomy: Anatomy, points: Mapping[str, RatePoint], budget: int) -> Plan:
@@ -112,6 +127,32 @@ def plan_from_points(anatomy: Anatomy, points: Mapping[str, RatePoint], budget: 
     }
     predicted = sum(choice.distortion for choice in layers.values())
     return Plan(layers, budget, layout.total_bytes, predicted, {})
+
+
+def sized_plan(anatomy: Anatomy, given: Plan, budget: Budget | None) -> Plan:
+    """A plan that a user gave, perhaps edited, with the sizes that its codecs have on this model.
+
+    What an edited choice costs was never measured: its distortion, and with it the sum, becomes NaN. Raises BadInput,
+    naming the layer, for a plan that does not belong to this model or a codec that cannot take its layer, and when the
+    plan does not fit ``budget`` (None: its own, or what it takes when that is more).
+    """
+    codecs = validate_plan(given, [layer.name for layer in anatomy.layers], parse, where="The plan")
+    layers = {}
+    for layer in anatomy.layers:
+        try:
+            nbytes = codecs[layer.name].bits(layer.stored_shape) // 8
+        except ShapeMismatch as error:
+            raise BadInput(f"The plan: layer '{layer.name}': {error}") from error
+        choice = given.layers[layer.name]
+        layers[layer.name] = Choice(choice.codec, nbytes, choice.distortion if choice.nbytes == nbytes else math.nan)
+    size = artifact_layout(anatomy, codecs).total_bytes
+    target = max(given.budget, size) if budget is None else budget_bytes(anatomy, budget)
+    if size > target:
+        raise BadInput(
+            f"The plan takes {size:,} bytes, more than the budget of {target:,}: choose smaller codecs in it, or give "
+            f"--size {size}."
+        )
+    return Plan(layers, target, size, sum(choice.distortion for choice in layers.values()), given.options)
 
 
 def uniform_plan(anatomy: Anatomy, text: str) -> Plan:

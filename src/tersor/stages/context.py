@@ -55,9 +55,9 @@ class Context:
         return int(self.source.config.get_text_config().hidden_size)
 
     def held_out(self, ids: Tensor) -> int:
-        """How many of the last chunks of ``ids (n, T)`` are held out of fitting: an eighth, none of a single one."""
+        """How many of the last chunks of ``ids (n, T)`` are held out of fitting: a quarter, none of a single one."""
         chunks = -(-len(ids) // self.chunk)
-        return max(1, chunks // 8) if chunks > 1 else 0
+        return max(1, chunks // 4) if chunks > 1 else 0
 
     def check_streamed(self) -> None:
         """Raise UnknownArchitecture now, not after minutes of work, when the blocks cannot be run one by one."""

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tersor.codecs import parse
 from tersor.contracts import Codec, Gram, Layer, RatePoint
 from tersor.errors import ShapeMismatch
 from tersor.runtime.stream import BlockStream
 from tersor.solvers import Nearest
 from tersor.stages.context import Context, Record, block_weights, oriented, parsed
 from tersor.stages.options import default_candidates, usable
-from tersor.stages.sensitivity import advance, head_parameter, load_moments
+from tersor.stages.sensitivity import advance, backward_from, head_parameter, load_moments
+from tersor.stages.stretches import Measured, combine, stretch_stops
 from tersor.stages.work import Hidden
-from tersor.statistics.collect import GramSums, OutputMoments, collect_grams, in_order
+from tersor.statistics.collect import GramSums, OutputMoments, collect_grams, collect_guided_grams, in_order
 from tersor.statistics.curves import draw_sample, measure
 from tersor.statistics.sensitivity import Objective, embedding_objective, linear_objective, token_frequency
 
@@ -31,10 +33,14 @@ MINIMUM_EXPERT_TOKENS = 256
 
 @dataclass(frozen=True)
 class Statistics:
-    """Gram sums of the calibration text and of its held-out part, for the layers of one block."""
+    """Gram sums of the calibration text and of its held-out part, for the layers of one block.
+
+    ``guided``: by layer, the text of the backward pass weighted by its gradients, where there are any.
+    """
 
     fit: GramSums
     held_out: GramSums
+    guided: dict[str, Gram]
 
     def both(self, layer: Layer, copy: int) -> tuple[Gram | None, Gram | None]:
         fit, held = self.fit.gram(layer, copy), self.held_out.gram(layer, copy)
@@ -73,6 +79,10 @@ def measure_curves(context: Context, ids: Tensor, *, points: bool = True) -> Non
                     fit_chunks = stores[block].chunks - context.held_out(ids)
                     statistics = _block_statistics(context, stream, module, block, weights, stores, fit_chunks)
                     moments = load_moments(context, block) if context.options.sensitivity == "fisher" else None
+                    if moments is not None:
+                        statistics.guided.update(
+                            _guided(context, stream, module, block, weights, stores[block], moments)
+                        )
                     record = _measure_layers(context, weights, statistics, moments)
                 else:
                     record = {}
@@ -113,7 +123,30 @@ def _block_statistics(
         keep=lambda chunk, output: after.write(chunk + fit_chunks, output),
     )
     after.finish()
-    return Statistics(fit, held)
+    return Statistics(fit, held, {})
+
+
+def _guided(
+    context: Context,
+    stream: BlockStream,
+    module: torch.nn.Module,
+    block: int,
+    weights: dict[Layer, Tensor],
+    hidden: Hidden,
+    moments: OutputMoments,
+) -> dict[str, Gram]:
+    """Gradient-weighted Gram matrices, on the sequences that the backward pass saw."""
+    length = hidden.shape[1]
+    first = backward_from(hidden.shape[0], context.chunk)
+    edges = [hidden.sequences(chunk) for chunk in range(first // context.chunk, hidden.chunks)]
+    pieces = [slice((edge.start - first) * length, (edge.stop - first) * length) for edge in edges]
+    energies = {name: torch.cat(parts) for name, parts in moments.energies.items()}
+    start = first // context.chunk
+
+    def forward(index: int) -> Tensor:
+        return stream.run(module, block, hidden.read(start + index))
+
+    return collect_guided_grams(forward, pieces, weights, energies, workers=context.workers)
 
 
 def _measure_layers(
@@ -133,7 +166,7 @@ def _measure_layers(
         results = []
         for layer in layers:
             weight = oriented(weights[layer], layer)[copy]
-            objective = _objective(layer, copy, weight, held, moments)
+            objective = _objective(layer, copy, weight, statistics.guided.get(layer.name, held), moments)
             results.append((layer.name, _points(context, layer, weight, objective, solver, prepared, copy)))
         return results
 
@@ -172,17 +205,24 @@ def _points(
     context: Context, layer: Layer, weight: Tensor, objective: Objective, solver: Any, prepared: Any, copy: int
 ) -> Record:
     """Measured points of one matrix, and how calibrated codes compare with uncalibrated ones on held-out text."""
-    count = EMBEDDING_ROWS if layer.kind == "embedding" or layer.name == context.anatomy.head else SAMPLE_ROWS
+    outside = layer.block is None
     seed = context.options.seed * 7919 + sum(layer.name.encode()) + copy
-    sample = draw_sample(weight, objective, count=count, seed=seed)
     candidates = layer_candidates(context, layer)
     codecs = [candidates[text] for text in candidates]
-    distortions = measure(sample, objective, codecs, solver, prepared)
     middle = _middle(candidates, layer)
-    plain = measure(sample, objective, [candidates[middle]], Nearest(), None)[0]
-    calibrated = distortions[list(candidates).index(middle)]
+    mixing = outside and context.options.candidates is None
+    measured, plain = [], 0.0
+    start = 0
+    for stop in stretch_stops(layer.shape[0]) if mixing else (layer.shape[0],):
+        part = replace(objective, rows=objective.rows[start:stop])
+        count = EMBEDDING_ROWS if outside else SAMPLE_ROWS
+        sample = draw_sample(weight[start:stop], part, count=count, seed=seed + start)
+        measured.append(Measured(start, stop, measure(sample, part, codecs, solver, prepared)))
+        plain += measure(sample, part, [candidates[middle]], Nearest(), None)[0]
+        start = stop
+    calibrated = sum(stretch.losses[list(candidates).index(middle)] for stretch in measured)
     return {
-        "points": dict(zip(candidates, distortions, strict=True)),
+        "points": combine(layer.stored_shape, codecs, measured),
         "calibrated": calibrated,
         "uncalibrated": plain,
         "damping": float(getattr(getattr(prepared, "start", prepared), "damping", 0.0)),
@@ -201,6 +241,20 @@ def layer_candidates(context: Context, layer: Layer) -> dict[str, Codec]:
             f"whose group divides {layer.shape[1]}, or a per-row one such as int4:row."
         )
     return {text: codecs[text] for text in fitting}
+
+
+def candidate_notes(context: Context) -> tuple[str, ...]:
+    """What the user should know of candidates that were asked for and cannot take every layer."""
+    layers = context.anatomy.layers
+    notes = []
+    for text in context.options.candidates or ():
+        refused = [layer for layer in layers if text not in layer_candidates(context, layer)]
+        if refused:
+            notes.append(
+                f"{text} cannot take {len(refused)} of {len(layers)} layers (first {refused[0].name}, with "
+                f"{refused[0].shape[1]} inputs); the other candidates were used there."
+            )
+    return tuple(notes)
 
 
 def _middle(candidates: dict[str, Codec], layer: Layer) -> str:
@@ -348,9 +402,8 @@ def rate_points(context: Context, records: dict[str, Record], cost: Any) -> dict
     """Curves for the allocator. ``cost(layer, codec) -> bytes`` in the file, headers included."""
     curves = {}
     for layer in context.anatomy.layers:
-        candidates = layer_candidates(context, layer)
-        points = records[layer.name]["points"]
         curves[layer.name] = [
-            RatePoint(cost(layer, codec), float(points[text]), text) for text, codec in candidates.items()
+            RatePoint(cost(layer, parse(text)), float(loss), text)
+            for text, loss in records[layer.name]["points"].items()
         ]
     return curves

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -157,8 +158,7 @@ def _written_weight(context: Context, layer: Layer, codec: Codec, writer: Artifa
 
     def work(index: int) -> Tensor:
         here = slice(index * ROW_CHUNK, min((index + 1) * ROW_CHUNK, rows))
-        tile = {name: tensor[here] for name, tensor in parts.items()}
-        return codec.decode(tile, (here.stop - here.start, columns)).to(context.dtype)
+        return codec.decode_rows(parts, columns, here).to(context.dtype)
 
     weight = torch.cat(list(in_order(work, -(-rows // ROW_CHUNK), context.workers)))
     if layer.copies > 1:
@@ -219,24 +219,31 @@ def encode_layer(
     if not torch.isfinite(weight).all():
         raise NotFinite(f"The weights of {layer.name} have NaN or Inf; the source model is damaged.")
     out = layer.shape[0]
-    per_copy = -(-out // ROW_CHUNK)
     parts = {part.name: torch.empty(part.shape, dtype=part.dtype) for part in codec.parts(layer.stored_shape)}
+    pieces = [
+        (stretch, start, min(start + ROW_CHUNK, stop))
+        for stretch in codec.stretches(layer.stored_shape[0])
+        for first, stop in _within_copies(stretch.start, stretch.stop, out)
+        for start in range(first, stop, ROW_CHUNK)
+    ]
+    flat = weight.reshape(layer.stored_shape)
 
-    def work(index: int) -> tuple[int, dict[str, Tensor], list[float]]:
-        copy, chunk = divmod(index, per_copy)
-        rows = slice(chunk * ROW_CHUNK, min((chunk + 1) * ROW_CHUNK, out))
-        ready = prepared[copy]
-        tile = weight[copy, rows].float().contiguous()
-        if isinstance(codec, LeafCodec):
-            tensors, values = encode_rows(tile, codec, ready.solver, ready.factor)
-        else:
-            tensors, values = encode_rows(tile, codec, Nearest(), None)
-        return copy * out + rows.start, tensors, _errors(tile, values, ready.gram)
+    def work(index: int) -> tuple[dict[str, Tensor], list[float]]:
+        stretch, start, stop = pieces[index]
+        ready = prepared[start // out]
+        tile = flat[start:stop].float().contiguous()
+        leaf = isinstance(stretch.codec, LeafCodec)
+        tensors, values = encode_rows(
+            tile, stretch.codec, ready.solver if leaf else Nearest(), ready.factor if leaf else None
+        )
+        return tensors, _errors(tile, values, ready.gram)
 
     totals = [0.0] * 4
-    for start, tensors, errors in in_order(work, layer.copies * per_copy, context.workers):
+    for (stretch, start, stop), (tensors, errors) in zip(
+        pieces, in_order(work, len(pieces), context.workers), strict=True
+    ):
         for name, tensor in tensors.items():
-            parts[name][start : start + len(tensor)] = tensor
+            parts[stretch.prefix + name][start - stretch.start : stop - stretch.start] = tensor
         totals = [total + error for total, error in zip(totals, errors, strict=True)]
     record = {
         "relative_error": math.sqrt(totals[0] / totals[1]) if totals[1] > 0 else 0.0,
@@ -244,6 +251,12 @@ def encode_layer(
         "notes": sorted({ready.note for ready in prepared if ready.note}),
     }
     writer.write(layer.name, {f"{layer.name}.{name}": tensor for name, tensor in parts.items()}, record=record)
+
+
+def _within_copies(start: int, stop: int, out: int) -> list[tuple[int, int]]:
+    """Rows ``start`` to ``stop`` cut where one copy of ``out`` rows ends and the next begins."""
+    cuts = [start, *range((start // out + 1) * out, stop, out), stop]
+    return list(pairwise(cuts))
 
 
 def _errors(weight: Tensor, values: Tensor, gram: Gram | None) -> list[float]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -64,8 +66,6 @@ def choose_workers(anatomy: Anatomy, options: Options, available: int) -> int:
     Raises BadInput when even one worker would need more than the cap.
     """
     wanted = options.workers or available
-    if wanted < 1:
-        raise BadInput(f"--workers {wanted} makes no sense; give 1 or more.")
     if options.max_memory is None:
         return wanted
     for workers in range(wanted, 0, -1):
@@ -110,12 +110,29 @@ def estimate(anatomy: Anatomy, options: Options, workers: int, file_bytes: int) 
         + 3 * sampled * (forward + 2 * outside)
         + 30 * sum(layer.parameters * layer.shape[1] for layer in anatomy.layers)
     )
-    width = max((layer.shape[1] for layer in anatomy.layers_of(None)), default=1024)
-    dtype = 2 if options.dtype == "bfloat16" else 4
-    hidden = 2 * tokens * width * dtype + backward * width * (len(anatomy.blocks) * dtype + 8)
     memory = peak_memory(anatomy, options, workers)
     seconds = 20 + flops / machine_speed(workers)
-    return Estimate(memory, file_bytes + hidden, math.ceil(seconds))
+    return Estimate(memory, disk_bytes(anatomy, options, file_bytes), math.ceil(seconds))
+
+
+def disk_bytes(anatomy: Anatomy, options: Options, file_bytes: int) -> int:
+    """Bytes on disk while running: the artifact, and hidden states between blocks."""
+    tokens = options.sequences * options.length
+    backward = min(FISHER_SEQUENCES, options.sequences) * options.length
+    width = max((layer.shape[1] for layer in anatomy.layers_of(None)), default=1024)
+    dtype = 2 if options.dtype == "bfloat16" else 4
+    return file_bytes + 2 * tokens * width * dtype + backward * width * (len(anatomy.blocks) * dtype + 8)
+
+
+def check_disk(partial: Path, needed: int) -> None:
+    """Raise BadInput before any work when the disk of ``partial`` has not ``needed`` bytes, those it holds included."""
+    held = sum(file.stat().st_blocks * 512 for file in partial.rglob("*") if file.is_file())
+    free = shutil.disk_usage(partial.absolute().parent).free
+    if needed > free + held:
+        raise BadInput(
+            f"The run needs about {needed:,} bytes in {partial.absolute().parent}, and its disk has {free:,} free; "
+            f"free some space, choose another --output, or use fewer --sequences."
+        )
 
 
 def _distinct_inputs(anatomy: Anatomy) -> list[int]:

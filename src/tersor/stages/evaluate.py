@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from tersor.anatomy import WeightLoader, analyse, cache_folder, open_source, skeleton
-from tersor.artifact import open_artifact
+from tersor.artifact import Artifact, open_artifact
 from tersor.contracts import Anatomy, Quality
 from tersor.errors import BadInput, ShapeMismatch
 from tersor.runtime.stream import BlockStream
-from tersor.stages.context import Progress
+from tersor.stages.context import Progress, silent
 from tersor.stages.estimate import chunk_sequences
 from tersor.stages.options import Options
 from tersor.stages.text import prepare_texts
@@ -31,7 +32,7 @@ def evaluate_model(
 
     Both models are streamed block by block; neither is ever in memory as a whole.
     """
-    artifact = open_artifact(path) if (path / "tersor.json").exists() else None
+    artifact = open_whole(path, progress) if is_artifact(path) else None
     if artifact is None and not path.exists():
         raise BadInput(f"{path} does not exist; give an artifact made by `tersor compress`, or a model folder.")
     if reference is None:
@@ -49,9 +50,6 @@ def evaluate_model(
     model = skeleton(source)
     anatomy = analyse(source, model)
     workers = options.workers or torch.get_num_threads()
-    texts = prepare_texts(
-        source, options, cache=cache_folder(cache_dir), workers=workers, progress=progress, whole=True
-    )
     dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
     loader = WeightLoader(source, model)
     first = BlockStream(model, anatomy, lambda names: loader.load(names, dtype), dtype=dtype)
@@ -62,6 +60,9 @@ def evaluate_model(
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
+        texts = prepare_texts(
+            source, options, cache=cache_folder(cache_dir), workers=workers, progress=progress, whole=True
+        )
         return measure_quality(
             Pair(first, second),
             len(anatomy.blocks),
@@ -75,6 +76,25 @@ def evaluate_model(
         torch.set_num_threads(before)
         first.close()
         second.close()
+
+
+def is_artifact(path: Path) -> bool:
+    """Whether a folder says that it is an artifact, in its manifest or, where that is missing, its configuration."""
+    if (path / "tersor.json").exists():
+        return True
+    try:
+        config = json.loads((path / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "tersor"
+
+
+def open_whole(path: Path, progress: Progress = silent) -> Artifact:
+    """The artifact at ``path``, every file of it read and found to be what was written. Raises CorruptArtifact."""
+    artifact = open_artifact(path)
+    artifact.verify_hashes(lambda done, total: progress("hashes", done, total))
+    return artifact
 
 
 def _plain_stream(path: Path, reference: Anatomy, dtype: torch.dtype, cache_dir: Path | None) -> BlockStream:

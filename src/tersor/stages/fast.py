@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 
 from tersor.contracts import Gram
+from tersor.errors import NotFinite
 from tersor.solvers import Nearest
 from tersor.stages.context import Context, Record
 from tersor.stages.curves import SAMPLE_ROWS, flat_objective, layer_candidates
+from tersor.stages.weights import is_finite
 from tersor.statistics.collect import in_order
 from tersor.statistics.curves import draw_sample, measure
 
@@ -24,6 +26,8 @@ def fast_curves(context: Context) -> dict[str, Record]:
         weight = context.weight(layer)[0]
         picks = torch.linspace(0, weight.shape[0] - 1, min(weight.shape[0], 4 * SAMPLE_ROWS)).long()
         part = weight[picks].float()
+        if not is_finite(part):
+            raise NotFinite(f"The weights of {layer.name} have NaN or Inf; the model is damaged: copy it again.")
         objective = flat_objective(layer, part, Gram(torch.eye(layer.shape[1]), 0))
         sample = draw_sample(part, objective, count=SAMPLE_ROWS, seed=context.options.seed)
         candidates = layer_candidates(context, layer)

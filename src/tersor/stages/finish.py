@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import resource
 import shutil
@@ -16,6 +17,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from tersor.anatomy import Source
 from tersor.artifact import (
     Artifact,
     Manifest,
@@ -34,6 +36,7 @@ from tersor.errors import VerificationFailed
 from tersor.evaluation.generation import continue_prompts
 from tersor.runtime.stream import BlockStream
 from tersor.stages.context import Context, Record
+from tersor.stages.options import Options
 from tersor.stages.text import Texts, load_tokenizer
 from tersor.stages.verify import Pair, artifact_loader, check_errors, measure_quality
 from tersor.version import __version__
@@ -59,6 +62,18 @@ def peak_resident_bytes() -> int:
 def versions() -> dict[str, str]:
     """Versions that can change the bytes of an artifact."""
     return {"tersor": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def identity(source: Source, options: Options, given: Plan | None) -> dict[str, object]:
+    """What makes a run this run, by the names that a user knows: a resumed one must agree in all of it."""
+    return {
+        "model": source.fingerprint()[:12],
+        "weight files": source.stamp()[:12],
+        "plan": None if given is None else hashlib.sha256(plan_to_json(given).encode()).hexdigest()[:12],
+        "budget": None if options.budget is None else str(options.budget),
+        **{f"--{name.replace('_', '-')}": value for name, value in options.identity().items() if name != "budget"},
+        **{f"version of {name}": version for name, version in versions().items()},
+    }
 
 
 def write_folder(

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
-from tersor.artifact import open_artifact
 from tersor.errors import BadInput
+from tersor.stages.evaluate import open_whole
 
 
 class _Pieces(TextStreamer):  # type: ignore[misc]
@@ -29,7 +29,9 @@ def generate_text(
     """Continue ``prompt`` by ``tokens`` tokens. Sampling forks torch's random state, so the caller's is untouched."""
     if tokens < 1:
         raise BadInput(f"--tokens {tokens} makes no sense; give 1 or more.")
-    open_artifact(path)
+    if not temperature >= 0:
+        raise BadInput(f"--temperature {temperature:g} makes no sense; give 0 for the likeliest text, or more.")
+    open_whole(path)
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path).eval()
     if tokenizer.chat_template:
@@ -37,9 +39,18 @@ def generate_text(
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     else:
         ids = tokenizer(prompt, return_tensors="pt")
+    given = ids["input_ids"].shape[1]
+    if not given:
+        raise BadInput("The prompt is empty; give some text to continue.")
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and given + tokens > limit:
+        raise BadInput(
+            f"The prompt's {given} tokens and --tokens {tokens} are more than the {limit} that the model takes; give a "
+            f"shorter prompt or fewer --tokens."
+        )
     choice = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     streamer = None if on_text is None else _Pieces(tokenizer, on_text)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         output = model.generate(**ids, max_new_tokens=tokens, streamer=streamer, **choice)
-    return str(tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
+    return str(tokenizer.decode(output[0, given:], skip_special_tokens=True))

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from tersor.contracts import Anatomy, Codec
 from tersor.errors import BadInput
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+SolverName = Literal["coordinate", "feedback", "nearest"]
+SensitivityName = Literal["fisher", "flat"]
+AllocatorName = Literal["exact", "lagrangian"]
+DtypeName = Literal["bfloat16", "float32"]
 
 RUNTIME_TILE = 4 * 2**20
 """Bytes of decoded weights that a packed layer holds while it multiplies."""
@@ -35,10 +41,19 @@ class Budget:
         amount = int(self.amount * anatomy.source_bytes) if self.relative else int(self.amount)
         return amount if self.kind == "size" else amount - RUNTIME_TILE + header_bytes
 
+    def asking_for(self, file_bytes: int, anatomy: Anatomy, header_bytes: int) -> str:
+        """The option that gives a budget of this kind for weight files of ``file_bytes`` bytes."""
+        if self.kind == "bpw":
+            bits = math.ceil(8e4 * file_bytes / anatomy.parameters) / 1e4
+            enough = int(bits * anatomy.parameters / 8) >= file_bytes
+            return f"--bpw {bits if enough else bits + 1e-4:.4f}"
+        return f"--{self.kind} {file_bytes + (RUNTIME_TILE - header_bytes if self.kind == 'memory' else 0)}"
+
     def __str__(self) -> str:
         if self.kind == "bpw":
             return f"{self.amount:g} bits per weight"
-        return f"{self.amount:.4g} x the source" if self.relative else f"{int(self.amount)} bytes ({self.kind})"
+        amount = f"{100 * self.amount:.10g}% of the source" if self.relative else f"{int(self.amount):,} bytes"
+        return amount if self.kind == "size" else f"{amount} in memory"
 
 
 def parse_bytes(text: str, what: str) -> int:
@@ -69,6 +84,19 @@ def parse_budget(size: str | None, memory: str | None, bpw: float | None) -> Bud
     return Budget(kind, parse_bytes(text, f"--{kind}"))
 
 
+_CHOICES = {"solver": SolverName, "sensitivity": SensitivityName, "allocator": AllocatorName, "dtype": DtypeName}
+_COUNTS = {
+    "sequences": (2, None),
+    "length": (8, None),
+    "eval_sequences": (1, None),
+    "samples": (0, 2),
+    "seed": (0, 2**32 - 1),
+    "workers": (1, None),
+    "max_memory": (1, None),
+}
+"""Least and most of the options that count something."""
+
+
 @dataclass(frozen=True)
 class Options:
     """Everything that decides the bytes of an artifact, and a few things (last four) that do not.
@@ -88,12 +116,12 @@ class Options:
     length: int = 256
     seed: int = 0
     candidates: tuple[str, ...] | None = None
-    solver: Literal["coordinate", "feedback", "nearest"] = "coordinate"
-    sensitivity: Literal["fisher", "flat"] = "fisher"
-    allocator: Literal["exact", "lagrangian"] = "exact"
+    solver: SolverName = "coordinate"
+    sensitivity: SensitivityName = "fisher"
+    allocator: AllocatorName = "exact"
     propagate: bool = True
     share_fused: bool = False
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: DtypeName = "bfloat16"
     eval_text: str | None = None
     eval_sequences: int = 16
     samples: int = 2
@@ -103,10 +131,16 @@ class Options:
     revision: str | None = None
 
     def __post_init__(self) -> None:
-        if self.sequences < 2 or self.length < 8:
-            raise BadInput(
-                f"Calibration needs at least 2 sequences of 8 tokens; found {self.sequences} of {self.length}."
-            )
+        for name, kind in _CHOICES.items():
+            if getattr(self, name) not in get_args(kind):
+                raise BadInput(f"--{name} {getattr(self, name)!r} is unknown; use {', '.join(get_args(kind))}.")
+        for name, (least, most) in _COUNTS.items():
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < least or (most is not None and value > most)):
+                span = f"of at least {least}" if most is None else f"from {least} to {most}"
+                raise BadInput(f"--{name.replace('_', '-')} {value!r} cannot be used; give a whole number {span}.")
+        if self.candidates is not None and not self.candidates:
+            raise BadInput("--candidates names no codec; write them comma-separated, such as int3:g64,int4:g64,bf16.")
 
     def identity(self) -> dict[str, Any]:
         """What an interrupted run must share with the command that continues it."""

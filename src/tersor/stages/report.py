@@ -12,6 +12,7 @@ import torch
 
 from tersor import kernels
 from tersor.artifact import hash_files, ids_sha256, plan_to_json, read_manifest, write_manifest
+from tersor.codecs import parse
 from tersor.contracts import Plan, Quality, RatePoint
 from tersor.report import (
     Check,
@@ -25,7 +26,7 @@ from tersor.report import (
     write_report,
 )
 from tersor.stages.context import Context, Record
-from tersor.stages.curves import layer_candidates, load_records
+from tersor.stages.curves import load_records
 from tersor.stages.finish import versions
 from tersor.stages.text import Texts
 
@@ -102,11 +103,8 @@ def _layers(context: Context, findings: Findings) -> tuple[LayerReport, ...]:
     for layer in context.anatomy.layers:
         choice = findings.plan.layers[layer.name]
         points = records.get(layer.name, {}).get("points", {})
-        codecs = layer_candidates(context, layer) if points else {}
         curve = tuple(
-            RatePoint(codecs[text].bits(layer.stored_shape) // 8, float(value), text)
-            for text, value in points.items()
-            if text in codecs
+            RatePoint(parse(text).bits(layer.stored_shape) // 8, float(value), text) for text, value in points.items()
         )
         reports.append(
             LayerReport(

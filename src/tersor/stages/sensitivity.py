@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tersor.contracts import Layer
-from tersor.errors import UnknownArchitecture
+from tersor.errors import NotFinite, UnknownArchitecture
 from tersor.runtime.stream import BlockStream
 from tersor.stages.context import Context, block_weights
 from tersor.stages.work import Hidden
@@ -16,19 +16,30 @@ from tersor.statistics.sensitivity import backward_block, backward_head, embeddi
 FISHER_SEQUENCES = 16
 """Sequences that the backward pass sees: enough for row moments to a few percent, at a tenth of the run's cost."""
 
+
+def backward_from(sequences: int, chunk: int) -> int:
+    """The first of ``sequences`` that the backward pass sees: the last ones, in whole chunks of ``chunk`` sequences.
+
+    At most half of the text, so that most of what it sees was not used to fit codes.
+    """
+    chunks = -(-sequences // chunk)
+    seen = max(1, min(FISHER_SEQUENCES // chunk, chunks // 2))
+    return (chunks - seen) * chunk
+
+
 STAGE = "sensitivity"
 _DONE = "sensitivity/done.json"
 
 
 def measure_sensitivity(context: Context, ids: Tensor) -> None:
-    """Backward pass over the first sequences of ``ids (n, T)``; leaves a file of moments per block in the work folder.
+    """Backward pass over the last sequences of ``ids (n, T)``; leaves a file of moments per block in the work folder.
 
     Forward through the blocks keeping each one's inputs on disk, labels sampled at the head, then back block by block.
     Every finished block is kept if the run is killed.
     """
     if context.work.has(_DONE):
         return
-    ids = ids[:FISHER_SEQUENCES]
+    ids = ids[backward_from(ids.shape[0], context.chunk) :]
     blocks = len(context.anatomy.blocks)
     total = 2 * blocks + 2
     stream = context.stream()
@@ -53,6 +64,9 @@ def load_moments(context: Context, block: int | None) -> OutputMoments:
     moments = OutputMoments(positions=context.work.load(_DONE)["tokens"])
     for key, value in context.work.load_tensors(f"sensitivity/{name}.safetensors").items():
         layer, copy = key.rsplit("#", 1)
+        if copy == "energy":
+            moments.energies[layer] = [value]
+            continue
         moments.sums[layer, int(copy)] = value[:-1]
         moments.tokens[layer, int(copy)] = int(value[-1])
     return moments
@@ -64,6 +78,7 @@ def _save_moments(context: Context, name: str, moments: OutputMoments) -> None:
         f"{layer}#{copy}": torch.cat([value, torch.tensor([float(moments.tokens[layer, copy])])])
         for (layer, copy), value in moments.sums.items()
     }
+    tensors.update({f"{layer}#energy": torch.cat(pieces) for layer, pieces in moments.energies.items()})
     context.work.save_tensors(f"sensitivity/{name}.safetensors", tensors or {"none#0": torch.zeros(2)})
 
 
@@ -102,6 +117,11 @@ def advance(
             return stream.run(module, block, before.read(chunk))
 
     for chunk, hidden in enumerate(in_order(work, before.chunks, context.workers)):
+        if not torch.isfinite(hidden).all():
+            raise NotFinite(
+                f"Activations leaving {context.anatomy.blocks[block]} have NaN or Inf; check the source model, or run "
+                f"with --dtype float32."
+            )
         after.write(chunk, hidden)
     after.finish()
 

@@ -48,6 +48,12 @@ def prepare_texts(
 
     ``whole``: all of it as calibration text, none held out.
     """
+    limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and options.length > limit:
+        raise BadInput(
+            f"--length {options.length} is more than the {limit} tokens that {source.origin} takes; give {limit} "
+            "or less."
+        )
     wanted = options.sequences + (0 if options.eval_text or whole else options.eval_sequences)
     if options.text is None:
         batch = _sampled(source, options, wanted, cache, workers, progress)

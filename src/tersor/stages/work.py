@@ -6,6 +6,7 @@ there wholly or not at all, so 'does it exist' is the whole question when resumi
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tersor.artifact import STATE_FOLDER, atomic_write
+from tersor.artifact.files import disk_full
 from tersor.errors import CannotResume
 
 _RUN_FILE = "run.json"
@@ -115,8 +117,13 @@ class Hidden:
     def write(self, chunk: int, hidden: Tensor) -> None:
         """Append chunk number ``chunk``; chunks come in order."""
         raw = hidden.detach().to(self.dtype).contiguous().view(torch.uint8).numpy()
-        with self._building.open("wb" if chunk == 0 else "ab") as file:
-            file.write(raw.data)
+        try:
+            with self._building.open("wb" if chunk == 0 else "ab") as file:
+                file.write(raw.data)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise disk_full(self._building, raw.nbytes) from error
+            raise
 
     def finish(self) -> None:
         with self._building.open("rb") as file:

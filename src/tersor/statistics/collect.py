@@ -160,9 +160,10 @@ class GramSums:
         product = x.T @ x
         if not torch.isfinite(product.diagonal()).all():
             bad = int((~torch.isfinite(x)).any(1).sum())
+            found = f"{bad} of {len(x)} tokens have NaN or Inf" if bad else f"up to {float(x.abs().max()):.2g}"
             raise NotFinite(
-                f"Activations entering {use.layer.name} are not finite ({bad} of {len(x)} tokens have NaN or Inf, or "
-                f"overflow when squared); run with --dtype float32, or check the source model."
+                f"Activations entering {use.layer.name} are not finite or too large to square ({found}); check the "
+                f"source model, or run with --dtype float32."
             )
         self.sums[key] = self.sums[key] + product if key in self.sums else product
         self.tokens[key] = self.tokens.get(key, 0) + len(x)
@@ -228,6 +229,8 @@ class OutputMoments:
     sums: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     tokens: dict[tuple[str, int], int] = field(default_factory=dict)
     positions: int = 0
+    energies: dict[str, list[Tensor]] = field(default_factory=dict)
+    """By layer, for single matrices: ``Σ_rows g²`` of each token, in pieces in the order of the text."""
 
     def see(self, use: Use) -> None:
         if not use.output.requires_grad:
@@ -240,6 +243,8 @@ class OutputMoments:
             product = (flat * flat).sum(0)
             self.sums[key] = self.sums[key] + product if key in self.sums else product
             self.tokens[key] = self.tokens.get(key, 0) + len(flat)
+            if use.layer.copies == 1:
+                self.energies.setdefault(use.layer.name, []).append((flat * flat).sum(1))
 
         use.output.register_hook(arrived)  # type: ignore[no-untyped-call]
 
@@ -247,3 +252,56 @@ class OutputMoments:
         for key, product in other.sums.items():
             self.sums[key] = self.sums[key] + product if key in self.sums else product
             self.tokens[key] = self.tokens.get(key, 0) + other.tokens[key]
+        for name, pieces in other.energies.items():
+            self.energies.setdefault(name, []).extend(pieces)
+
+
+@dataclass
+class GuidedSums:
+    """Running sums of ``w x xᵀ`` for each layer by itself; ``w``: energy of a token's gradient at its output."""
+
+    energies: Mapping[str, Tensor]
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+    def see(self, use: Use) -> None:
+        energy = self.energies.get(use.layer.name)
+        x = use.inputs.detach().to(torch.float32)
+        if energy is None or len(energy) != len(x):
+            return
+        product = x.T @ (x * energy[:, None])
+        name = use.layer.name
+        self.sums[name] = self.sums[name] + product if name in self.sums else product
+
+
+def collect_guided_grams(
+    forward: Callable[[int], Tensor],
+    pieces: Sequence[slice],
+    weights: Mapping[Layer, Tensor],
+    energies: Mapping[str, Tensor],
+    *,
+    workers: int,
+) -> dict[str, Gram]:
+    """Gram matrices in which each token counts by its gradient's energy at the layer's output, scaled to mean weight 1.
+
+    Inputs and gradients are far from independent: the few tokens that all others attend to have unusual inputs *and*
+    large gradients. On the reference model the plain product of the two moments understates value projections by 2.4.
+    (Such a matrix is what GuidedQuant, arXiv:2505.07004, rounds with; here it judges.)
+
+    ``forward(i)`` runs piece ``i`` of the text; ``pieces[i]``: which tokens of ``energies[layer] (tokens,)`` it holds.
+    Layers that are not used exactly once a token are left out.
+    """
+
+    def work(index: int) -> GuidedSums:
+        sums = GuidedSums({name: energy[pieces[index]] for name, energy in energies.items()})
+        with torch.no_grad(), Watch(weights, sums.see):
+            forward(index)
+        return sums
+
+    total: dict[str, Tensor] = {}
+    for sums in in_order(work, len(pieces), workers):
+        for name, product in sums.sums.items():
+            total[name] = total[name].add_(product) if name in total else product
+    return {
+        name: Gram(product / energies[name].sum().clamp(min=1e-30), len(energies[name]))
+        for name, product in total.items()
+    }

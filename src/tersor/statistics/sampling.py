@@ -267,7 +267,10 @@ def _invert(logits: Tensor, uniform: Tensor) -> Tensor:
     weights = torch.softmax(logits, dim=-1, dtype=torch.float32).cumsum_(-1)
     total = weights[:, -1:]
     if not torch.isfinite(total).all():
-        raise NotFinite("The model's logits have NaN or infinite values while sampling text; check its weights.")
+        raise NotFinite(
+            "The model's logits have NaN or Inf, though its weights have none: its activations overflow; check the "
+            "source model (its final norm and head first), or run with --dtype float32 and --text."
+        )
     # Strictly below the total, so that a last token of probability zero is never drawn.
     point = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(weights, point, right=True).squeeze(-1)

@@ -1,0 +1,92 @@
+"""Different codecs for different stretches of rows: what an embedding wants.
+
+The vocabularies of byte-pair and unigram tokenizers are sorted by how common a token was when they were made, so the
+first rows of an embedding (and of the head) carry most of the loss and the last half next to none. Stretches of rows
+need no index, and being a property of the tokenizer they are not fitted to the calibration text.
+
+>>> from tersor.codecs import parse
+>>> codec = parse("rows(1024:int6:g32:s8,8192:int3:g32:s8)")
+>>> codec.bits((8192, 64)) == parse("int6:g32:s8").bits((1024, 64)) + parse("int3:g32:s8").bits((7168, 64))
+True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tersor.contracts import Codec, Part, Shape, Stretch
+from tersor.errors import BadInput, ShapeMismatch
+
+
+@dataclass(frozen=True)
+class RowStretches(Codec):
+    """Rows up to ``stops[0]`` in ``codecs[0]``, from there to ``stops[1]`` in ``codecs[1]``, and so on.
+
+    The last stop is the number of rows of the layer. Parts of stretch ``i`` are called ``s<i>_<part>``.
+    """
+
+    stops: tuple[int, ...]
+    codecs: tuple[Codec, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.stops) != len(self.codecs) or not self.stops:
+            raise BadInput("A rows(...) codec needs one stop for each of its codecs, and at least one.")
+        if any(low >= high for low, high in zip((0, *self.stops), self.stops, strict=False)):
+            raise BadInput(
+                f"The stops of {self} must ascend, beginning above 0; found {', '.join(map(str, self.stops))}."
+            )
+        if any(isinstance(codec, RowStretches) for codec in self.codecs):
+            raise BadInput(f"{self} nests rows(...) in rows(...); write its stretches side by side.")
+
+    def __str__(self) -> str:
+        inner = ",".join(f"{stop}:{codec}" for stop, codec in zip(self.stops, self.codecs, strict=True))
+        return f"rows({inner})"
+
+    def stretches(self, rows: int) -> tuple[Stretch, ...]:
+        if self.stops[-1] != rows:
+            raise ShapeMismatch(
+                f"Codec {self} is for a layer of {self.stops[-1]} rows, and this one has {rows}; its last stop must be "
+                f"{rows}."
+            )
+        starts = (0, *self.stops[:-1])
+        return tuple(
+            Stretch(start, stop, codec, f"s{index}_")
+            for index, (start, stop, codec) in enumerate(zip(starts, self.stops, self.codecs, strict=True))
+        )
+
+    def parts(self, shape: Shape) -> tuple[Part, ...]:
+        return tuple(
+            Part(stretch.prefix + part.name, part.dtype, part.shape)
+            for stretch in self.stretches(shape[0])
+            for part in stretch.codec.parts((stretch.stop - stretch.start, shape[1]))
+        )
+
+    def decode(self, tensors: Mapping[str, Tensor], shape: Shape) -> Tensor:
+        return torch.cat(
+            [
+                stretch.codec.decode(_own(tensors, stretch), (stretch.stop - stretch.start, shape[1]))
+                for stretch in self.stretches(shape[0])
+            ]
+        )
+
+    def decode_rows(self, tensors: Mapping[str, Tensor], in_features: int, rows: slice | Tensor) -> Tensor:
+        total = self.stops[-1]
+        device = next(iter(tensors.values())).device
+        index = torch.arange(total, device=device)[rows] if isinstance(rows, slice) else rows
+        result = torch.empty(len(index), in_features, device=device)
+        for stretch in self.stretches(total):
+            mine = (index >= stretch.start) & (index < stretch.stop)
+            if mine.any():
+                picks = index[mine] - stretch.start
+                result[mine] = stretch.codec.decode_rows(_own(tensors, stretch), in_features, picks)
+        return result
+
+
+def _own(tensors: Mapping[str, Tensor], stretch: Stretch) -> dict[str, Tensor]:
+    """A stretch's tensors, under the names its codec knows."""
+    prefix = stretch.prefix
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
