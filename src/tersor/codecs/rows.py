@@ -74,15 +74,32 @@ class RowStretches(Codec):
         )
 
     def decode_rows(self, tensors: Mapping[str, Tensor], in_features: int, rows: slice | Tensor) -> Tensor:
-        total = self.stops[-1]
+        stretches = self.stretches(self.stops[-1])
         device = next(iter(tensors.values())).device
-        index = torch.arange(total, device=device)[rows] if isinstance(rows, slice) else rows
-        result = torch.empty(len(index), in_features, device=device)
-        for stretch in self.stretches(total):
-            mine = (index >= stretch.start) & (index < stretch.stop)
-            if mine.any():
-                picks = index[mine] - stretch.start
+        if isinstance(rows, slice):
+            first, end, step = rows.indices(self.stops[-1])
+            if step == 1:
+                pieces = [
+                    stretch.codec.decode_rows(
+                        _own(tensors, stretch),
+                        in_features,
+                        slice(max(first, stretch.start) - stretch.start, min(end, stretch.stop) - stretch.start),
+                    )
+                    for stretch in stretches
+                    if max(first, stretch.start) < min(end, stretch.stop)
+                ]
+                return torch.cat(pieces) if pieces else torch.empty(0, in_features, dtype=torch.float32, device=device)
+            rows = torch.arange(first, end, step, device=device)
+        result = torch.empty(len(rows), in_features, dtype=torch.float32, device=device)
+        found = 0
+        for stretch in stretches:
+            mine = ((rows >= stretch.start) & (rows < stretch.stop)).nonzero()[:, 0]
+            if len(mine):
+                picks = rows[mine] - stretch.start
                 result[mine] = stretch.codec.decode_rows(_own(tensors, stretch), in_features, picks)
+                found += len(mine)
+        if found < len(rows):
+            raise IndexError(f"row numbers must lie from 0 to {self.stops[-1] - 1}, and {len(rows) - found} do not")
         return result
 
 

@@ -71,6 +71,8 @@ def _stretches(text: str) -> RowStretches:
         raise BadInput(
             f"Codec {text!r} cannot be read: write rows(<stop>:<codec>,…), such as rows(100:int4:g64,900:int2:g64)."
         )
+    if any(codec.lstrip().startswith("rows(") for _, codec in pairs):
+        raise BadInput(f"Codec {text!r:.200} nests rows(...) in rows(...); write its stretches side by side.")
     return RowStretches(tuple(int(stop) for stop, _ in pairs), tuple(parse(codec) for _, codec in pairs))
 
 
