@@ -12,10 +12,10 @@ from typing import Annotated, Any
 import typer
 
 from tersor.errors import BadInput, TersorError
+from tersor.version import __version__
 
 app = typer.Typer(
     name="tersor",
-    help="A rate-distortion compiler for neural networks: the best model that fits a given number of bytes.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -60,6 +60,19 @@ def _settings(values: dict[str, Any]) -> dict[str, Any]:
     named = values.pop("candidates")
     values["candidates"] = None if named is None else tuple(part.strip() for part in named.split(",") if part.strip())
     return values
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        sys.stdout.write(f"tersor {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def start(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """A rate-distortion compiler for neural networks: the best model that fits a given number of bytes."""
 
 
 @app.command()

@@ -12,7 +12,7 @@ from tersor.errors import BadInput
 
 
 def continue_prompts(model: Any, tokenizer: Any, prompts: Sequence[str], *, tokens: int = 64) -> list[tuple[str, str]]:
-    """(prompt, text) for each prompt: at most ``tokens`` tokens, always the most likely one.
+    """(prompt, text) for each prompt: at most ``tokens`` tokens that the model has positions for, always the likeliest.
 
     ``model``: a causal language model of transformers. Where the tokenizer has a chat template, a prompt is the turn
     of a user and the text is the answer; otherwise the text goes on where the prompt stops. Special tokens are left
@@ -21,9 +21,13 @@ def continue_prompts(model: Any, tokenizer: Any, prompts: Sequence[str], *, toke
     written = []
     for prompt in prompts:
         ids = _encoded(tokenizer, prompt).to(model.device)
+        room = min(tokens, _positions(model, ids.shape[1] + tokens) - ids.shape[1])
+        if room < 1:
+            written.append((prompt, ""))
+            continue
         with torch.inference_mode():
             output = model.generate(
-                ids, attention_mask=torch.ones_like(ids), generation_config=_greedy(model, tokenizer, tokens)
+                ids, attention_mask=torch.ones_like(ids), generation_config=_greedy(model, tokenizer, room)
             )
         written.append((prompt, tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)))
     return written
@@ -41,6 +45,12 @@ def _encoded(tokenizer: Any, prompt: str) -> torch.Tensor:
     if not ids:
         raise BadInput("A prompt is empty, and the tokenizer puts nothing before it; give at least one word.")
     return torch.tensor([ids], dtype=torch.int64)
+
+
+def _positions(model: Any, default: int) -> int:
+    """Tokens that the model has positions for, as its configuration says; ``default`` where it says nothing."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else default
 
 
 def _greedy(model: Any, tokenizer: Any, tokens: int) -> GenerationConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Mapping
@@ -62,7 +63,7 @@ def write(context: Context, findings: Findings) -> None:
         tensors=context.anatomy.tensors,
         head=context.anatomy.head,
         quality=findings.quality,
-        predicted=findings.plan.predicted if context.options.sensitivity == "fisher" else None,
+        predicted=_known(findings.plan.predicted) if context.options.sensitivity == "fisher" else None,
         samples=tuple(Sample(*sample) for sample in findings.samples),
         stages=tuple(Stage(name, round(seconds, 2)) for name, seconds in findings.stages.items()),
         peak_memory=findings.peak,
@@ -97,6 +98,11 @@ def _texts(texts: Texts) -> tuple[TextRecord, ...]:
     return tuple(TextRecord(role, batch.origin, int(batch.ids.numel()), ids_sha256(batch.ids)) for role, batch in both)
 
 
+def _known(value: float) -> float | None:
+    """None for NaN: what an edited plan's choices cost was not measured."""
+    return None if math.isnan(value) else value
+
+
 def _layers(context: Context, findings: Findings) -> tuple[LayerReport, ...]:
     records = load_records(context) if context.work.has("curves/outside.json") else {}
     reports = []
@@ -111,7 +117,7 @@ def _layers(context: Context, findings: Findings) -> tuple[LayerReport, ...]:
                 layer,
                 choice.codec,
                 choice.nbytes,
-                choice.distortion,
+                _known(choice.distortion),
                 findings.units[layer.name]["output_error"],
                 curve,
             )
