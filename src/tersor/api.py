@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,10 +178,25 @@ def inspect(model: Model, *, progress: Progress = silent, cache_dir: Path | None
 
 
 def generate(
-    model: str | Path, prompt: str, *, tokens: int = 64, temperature: float = 0.0, seed: int = 0, on_text: Any = None
+    model: str | Path,
+    prompt: str,
+    *,
+    tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    on_text: Callable[[str], None] | None = None,
+    trust_remote_code: bool = False,
 ) -> str:
     """Continue a prompt with an artifact, run packed through transformers. ``on_text``: called with text as it comes.
 
     A chat model gets the prompt as a user's turn. Greedy at temperature 0.
     """
-    return generate_text(Path(model), prompt, tokens=tokens, temperature=temperature, seed=seed, on_text=on_text)
+    return generate_text(
+        Path(model),
+        prompt,
+        tokens=tokens,
+        temperature=temperature,
+        seed=seed,
+        on_text=on_text,
+        trust_remote_code=trust_remote_code,
+    )

@@ -187,6 +187,8 @@ def evaluate(
     seed: Seed = 1,
     dtype: Dtype = "bfloat16",
     workers: Workers = None,
+    trust_remote_code: Trust = False,
+    revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Measure KL, perplexity and agreement against the reference."""
@@ -205,17 +207,19 @@ def evaluate(
             seed=seed,
             dtype=dtype,
             workers=workers,
+            trust_remote_code=trust_remote_code,
+            revision=revision,
         )
     show.emit(as_json, lambda: show.quality_data(quality), lambda: show.quality_table(quality))
 
 
 @app.command()
-def inspect(model: Model, as_json: Json = False) -> None:
+def inspect(model: Model, trust_remote_code: Trust = False, revision: Revision = None, as_json: Json = False) -> None:
     """Show an artifact's contents, or a model's layers and how hard each is to compress."""
     from tersor import api, show
 
     with show.progress() as progress:
-        found = api.inspect(model, progress=progress)
+        found = api.inspect(model, progress=progress, trust_remote_code=trust_remote_code, revision=revision)
     show.emit(as_json, lambda: show.inspection_data(found), lambda: show.inspection_table(found))
 
 
@@ -226,6 +230,7 @@ def run(
     tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token every time.")] = 0.0,
     seed: Seed = 0,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Generate text with an artifact."""
@@ -233,7 +238,15 @@ def run(
 
     shown: Callable[[str], None] | None = None if as_json else show.stream
     with show.progress():
-        text = api.generate(artifact, prompt, tokens=tokens, temperature=temperature, seed=seed, on_text=shown)
+        text = api.generate(
+            artifact,
+            prompt,
+            tokens=tokens,
+            temperature=temperature,
+            seed=seed,
+            on_text=shown,
+            trust_remote_code=trust_remote_code,
+        )
     if as_json:
         sys.stdout.write(json.dumps({"prompt": prompt, "text": text}) + "\n")
 

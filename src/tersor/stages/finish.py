@@ -187,7 +187,8 @@ def samples(context: Context, folder: Path) -> list[tuple[str, str, str]]:
     torch.set_num_threads(context.workers)
     try:
         for path in (context.source.path, folder):
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=context.dtype).eval()
+            trust = context.source.trust_remote_code
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=context.dtype, trust_remote_code=trust).eval()
             if path is folder:
                 model = model.dequantize()
             texts.append(continue_prompts(model, tokenizer, prompts, tokens=SAMPLE_TOKENS))

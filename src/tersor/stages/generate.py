@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, TextStreamer
 
 from tersor.errors import BadInput
 from tersor.stages.evaluate import open_whole
+from tersor.stages.text import tokenizer_in
 
 
 class _Pieces(TextStreamer):  # type: ignore[misc]
@@ -24,16 +25,28 @@ class _Pieces(TextStreamer):  # type: ignore[misc]
 
 
 def generate_text(
-    path: Path, prompt: str, *, tokens: int, temperature: float, seed: int, on_text: Callable[[str], None] | None
+    path: Path,
+    prompt: str,
+    *,
+    tokens: int,
+    temperature: float,
+    seed: int,
+    on_text: Callable[[str], None] | None,
+    trust_remote_code: bool,
 ) -> str:
     """Continue ``prompt`` by ``tokens`` tokens. Sampling forks torch's random state, so the caller's is untouched."""
     if tokens < 1:
         raise BadInput(f"--tokens {tokens} makes no sense; give 1 or more.")
     if not temperature >= 0:
         raise BadInput(f"--temperature {temperature:g} makes no sense; give 0 for the likeliest text, or more.")
-    open_whole(path)
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    config = open_whole(path).config
+    if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING and not trust_remote_code:
+        raise BadInput(
+            f"{path} brings code of its own, which its model needs: look at it, and pass --trust-remote-code if you "
+            f"trust it."
+        )
+    tokenizer = tokenizer_in(path, trust_remote_code=trust_remote_code)
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=trust_remote_code).eval()
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)

@@ -32,12 +32,16 @@ class Texts:
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """The source's tokenizer. Raises BadInput when there is none."""
+    return tokenizer_in(source.path, trust_remote_code=source.trust_remote_code)
+
+
+def tokenizer_in(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model's folder. Raises BadInput when there is none."""
     try:
-        return AutoTokenizer.from_pretrained(source.path)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        first = str(error).splitlines()[0]
         raise BadInput(
-            f"No tokenizer could be loaded from {source.path} ({first}); add its files, or give token ids."
+            f"No tokenizer could be loaded from {folder}; add its files, such as tokenizer.json and tokenizer_config.json."
         ) from error
 
 
@@ -112,7 +116,8 @@ def _sampled(
     }
 
     def make() -> TokenBatch:
-        model = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.bfloat16).eval()
+        trust = source.trust_remote_code
+        model = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.bfloat16, trust_remote_code=trust).eval()
         return sample_text(
             model,
             load_tokenizer(source),
