@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import tiny_models
+import tiny_runs
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -29,3 +30,26 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def complete(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Family name to a model folder with a tokenizer, made once; copy it before changing it."""
+
+    @functools.cache
+    def make(family: str, **options: object) -> Path:
+        return tiny_runs.with_tokenizer(tiny(family, **options), tmp_path_factory.mktemp(f"{family}-complete"))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def small(complete: Callable[..., Path]) -> Path:
+    """A model of two blocks, wide enough that its layers have many codecs to choose from."""
+    return complete("llama", num_hidden_layers=2, hidden_size=64, intermediate_size=96)
+
+
+@pytest.fixture(scope="session")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file of words of random letters."""
+    return tiny_runs.text(tmp_path_factory.mktemp("text") / "words.txt")

@@ -18,6 +18,9 @@ SETTINGS: dict[str, Any] = {
     "dtype": "float32",
 }
 
+OPTIONS = ("--sequences", "4", "--length", "32", "--eval-sequences", "2", "--samples", "0", "--workers", "1")
+"""Settings for the command line; its default type is kept."""
+
 
 def text(path: Path, *, seed: int = 0, letters: str = "abcdefgh ijklmnop,.;", words: int = 3000) -> Path:
     """A file of words of random letters."""

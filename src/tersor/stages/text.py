@@ -41,7 +41,7 @@ def tokenizer_in(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokenize
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise BadInput(
-            f"No tokenizer could be loaded from {folder}; add its files, such as tokenizer.json and tokenizer_config.json."
+            f"No tokenizer could be loaded from {folder}; add its files (tokenizer.json, tokenizer_config.json)."
         ) from error
 
 
