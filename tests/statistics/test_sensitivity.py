@@ -28,7 +28,7 @@ from tersor.statistics.sensitivity import (
     embedding_gradient,
     embedding_objective,
     linear_objective,
-    token_frequency,
+    token_energies,
 )
 
 SEED = 4
@@ -159,25 +159,31 @@ def test_the_objective_of_a_tied_embedding_is_the_sum_of_its_two_uses() -> None:
     head_rows = logit_gradients.square().mean(0)
     moment = row_gradients.square().mean(0)
     gram = Gram(x.T @ x / tokens, tokens)
-    objective = embedding_objective(torch.rand(vocabulary), moment, head_gram=gram, head_rows=head_rows)
+    ids = torch.randint(0, vocabulary, (1, tokens), generator=g)
+    energies = (token_energies(ids, row_gradients[None], vocabulary) / tokens).float()
+    objective = embedding_objective(energies, moment, head_gram=gram, head_rows=head_rows)
     for v in range(vocabulary):
         as_head = 0.5 * float(head_rows[v]) * float((x @ error[v]).square().mean())
-        # How often token v is looked up is taken from the head's side: p (1 − p), normalised.
-        often = float(head_rows[v] / head_rows.sum())
-        as_embedding = 0.5 * often * sum(float(error[v, j] ** 2 * moment[j]) for j in range(width))
+        # What a position's gradient says of its own row, with the columns' shares taken to be the same for all tokens.
+        mine = float(row_gradients[ids[0] == v].square().sum()) / width / tokens
+        shares = moment / moment.mean()
+        as_embedding = 0.5 * mine * sum(float(error[v, j] ** 2 * shares[j]) for j in range(width))
         found = float(objective.distortion(error[v : v + 1], torch.tensor([v])))
         assert math.isclose(found, as_head + as_embedding, rel_tol=1e-4)
+    assert math.isclose(float(energies.sum()), float(moment.mean()), rel_tol=1e-5)
+    part = objective.stretch(3, 7)
+    assert torch.allclose(part.distortion(error[3:7]), objective.distortion(error)[3:7])
 
 
-def test_the_objective_of_an_embedding_alone_weighs_rows_by_frequency() -> None:
+def test_the_objective_of_an_embedding_alone_prices_rows_by_their_gradients() -> None:
     ids = torch.tensor([[1, 1, 1, 2]])
-    frequency = token_frequency(ids, 4)
-    assert math.isclose(float(frequency.sum()), 1.0, rel_tol=1e-6)
-    assert frequency[1] > frequency[2] > frequency[0] == frequency[3] > 0
-    moment = torch.tensor([2.0, 3.0])
-    objective = embedding_objective(frequency, moment)
+    gradient = torch.tensor([[[1.0, 1.0], [1.0, 1.0], [1.0, 1.0], [3.0, 3.0]]])
+    energies = token_energies(ids, gradient, 4).float()
+    assert energies.tolist() == [0.0, 3.0, 9.0, 0.0]
+    moment = torch.tensor([2.0, 6.0])
+    objective = embedding_objective(energies, moment)
     error = torch.tensor([[1.0, -2.0]])
-    expected = 0.5 * float(frequency[2]) * (2.0 + 4 * 3.0)
+    expected = 0.5 * 9.0 * (2.0 / 4.0 + 4 * 6.0 / 4.0)
     assert math.isclose(float(objective.distortion(error, torch.tensor([2]))), expected, rel_tol=1e-6)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from tersor.stages.stretches import Measured, combine, stretch_stops
 from tersor.stages.work import Hidden
 from tersor.statistics.collect import GramSums, OutputMoments, collect_grams, collect_guided_grams, in_order
 from tersor.statistics.curves import draw_sample, measure
-from tersor.statistics.sensitivity import Objective, embedding_objective, linear_objective, token_frequency
+from tersor.statistics.sensitivity import Objective, embedding_gram, embedding_objective, linear_objective
 
 STAGE = "curves"
 SAMPLE_ROWS = 48
@@ -214,7 +214,7 @@ def _points(
     measured, plain = [], 0.0
     start = 0
     for stop in stretch_stops(layer.shape[0]) if mixing else (layer.shape[0],):
-        part = replace(objective, rows=objective.rows[start:stop])
+        part = objective.stretch(start, stop)
         count = EMBEDDING_ROWS if outside else SAMPLE_ROWS
         sample = draw_sample(weight[start:stop], part, count=count, seed=seed + start)
         measured.append(Measured(start, stop, measure(sample, part, codecs, solver, prepared)))
@@ -330,27 +330,25 @@ def _measure_outside(context: Context, stream: BlockStream, hidden: Hidden, ids:
     for layer in layers.values() if points else ():
         solver = context.sampler()
         weight = context.weight(layer)[0]
-        fit_objective, held_objective = outside_objectives(context, layer, weight, ids)
+        fit_gram, objective = outside_objectives(context, layer, weight)
         record[layer.name] = {
-            **_points(context, layer, weight, held_objective, solver, solver.prepare(fit_objective.gram), 0),
+            **_points(context, layer, weight, objective, solver, solver.prepare(fit_gram), 0),
             "notes": [],
         }
     context.work.save("curves/outside.json", record)
 
 
-def outside_objectives(context: Context, layer: Layer, weight: Tensor, ids: Tensor) -> tuple[Objective, Objective]:
-    """The objectives of an embedding or head: with the Gram matrix to fit codes on, and the one to judge them on."""
+def outside_objectives(context: Context, layer: Layer, weight: Tensor) -> tuple[Gram, Objective]:
+    """For an embedding or head: the Gram matrix to fit codes with, and the objective to judge them by."""
     is_head = layer.name == context.anatomy.head
-    grams: dict[str, Gram] = {}
+    fit = held = None
     if is_head:
         stored = context.work.load_tensors("curves/head.safetensors")
         tokens = int(stored["tokens"])
-        grams = {name: Gram(stored.get(name, stored["fit"]), tokens) for name in ("fit", "held")}
-    frequency = token_frequency(ids, layer.shape[0])
+        fit, held = (Gram(stored.get(name, stored["fit"]), tokens) for name in ("fit", "held"))
     if context.options.sensitivity != "fisher":
-        gram = grams or {name: Gram(torch.diag(torch.ones(layer.shape[1])), 0) for name in ("fit", "held")}
-        flats = [flat_objective(layer, weight[: 4 * EMBEDDING_ROWS], gram[name]) for name in ("fit", "held")]
-        return flats[0], flats[1]
+        plain = Gram(torch.eye(layer.shape[1]), 0)
+        return fit or plain, flat_objective(layer, weight[: 4 * EMBEDDING_ROWS], held or plain)
     rows = None
     if is_head:
         moments = load_moments(context, None)
@@ -358,12 +356,12 @@ def outside_objectives(context: Context, layer: Layer, weight: Tensor, ids: Tens
         rows = moments.sums[key] / moments.tokens[key]
     if layer.name != context.anatomy.embedding:
         assert rows is not None
-        return Objective(0.5 * rows, grams["fit"]), Objective(0.5 * rows, grams["held"])
-    moment = context.work.load_tensors("sensitivity/embedding.safetensors")["moment"]
-    pair = [
-        embedding_objective(frequency, moment, head_gram=grams.get(name), head_rows=rows) for name in ("fit", "held")
-    ]
-    return pair[0], pair[1]
+        assert fit is not None
+        assert held is not None
+        return fit, Objective(0.5 * rows, held)
+    found = context.work.load_tensors("sensitivity/embedding.safetensors")
+    judge = embedding_objective(found["energies"], found["moment"], head_gram=held, head_rows=rows)
+    return embedding_gram(found["moment"], head_gram=fit, head_rows=rows), judge
 
 
 def load_records(context: Context) -> dict[str, Record]:

@@ -59,7 +59,7 @@ def encode_model(context: Context, codecs: Mapping[str, Codec], writer: Artifact
         embedding = next((layer for layer in context.anatomy.layers if layer.name == context.anatomy.embedding), None)
         first = max((k for k in range(blocks + 1) if stores[k].complete), default=None)
         if embedding is not None and not writer.done(embedding.name):
-            _encode_outside(context, embedding, codecs[embedding.name], writer, ids)
+            _encode_outside(context, embedding, codecs[embedding.name], writer)
         if first is None:
             _embed(context, stream, embedding, codecs, writer, ids, stores[0])
             first = 0
@@ -68,7 +68,7 @@ def encode_model(context: Context, codecs: Mapping[str, Codec], writer: Artifact
             context.progress(STAGE, block + 1, total)
         for layer in context.anatomy.layers_of(None):
             if not writer.done(layer.name):
-                _encode_outside(context, layer, codecs[layer.name], writer, ids)
+                _encode_outside(context, layer, codecs[layer.name], writer)
         context.progress(STAGE, total, total)
     finally:
         stream.close()
@@ -203,9 +203,9 @@ def _source_weight(context: Context, layer: Layer, held: Tensor) -> Tensor:
     return context.weight(layer)
 
 
-def _encode_outside(context: Context, layer: Layer, codec: Codec, writer: ArtifactWriter, ids: Tensor) -> None:
+def _encode_outside(context: Context, layer: Layer, codec: Codec, writer: ArtifactWriter) -> None:
     weight = context.weight(layer)
-    gram = outside_objectives(context, layer, weight[0], ids)[0].gram
+    gram = outside_objectives(context, layer, weight[0])[0]
     encode_layer(context, layer, weight, codec, [_prepare(context, gram, layer.name)], writer)
 
 

@@ -11,7 +11,7 @@ from tersor.runtime.stream import BlockStream
 from tersor.stages.context import Context, block_weights
 from tersor.stages.work import Hidden
 from tersor.statistics.collect import OutputMoments, in_order
-from tersor.statistics.sensitivity import backward_block, backward_head, embedding_gradient
+from tersor.statistics.sensitivity import backward_block, backward_head, embedding_gradient, token_energies
 
 FISHER_SEQUENCES = 16
 """Sequences that the backward pass sees: enough for row moments to a few percent, at a tenth of the run's cost."""
@@ -179,15 +179,19 @@ def _embedding(context: Context, stream: BlockStream, ids: Tensor, gradient: Hid
     """Second moment of the gradient at the embedding's own rows, before whatever the model makes of them."""
     layer = next((layer for layer in context.anatomy.layers if layer.name == context.anatomy.embedding), None)
     moment = torch.zeros(1 if layer is None else layer.shape[1], dtype=torch.float64)
+    energies = torch.zeros(1 if layer is None else layer.shape[0], dtype=torch.float64)
     with stream.embed_module() as module:
         for chunk in range(gradient.chunks if layer is not None else 0):
             assert layer is not None
             weight = module.get_parameter(layer.parameter)
-            arriving = embedding_gradient(stream.embed, ids[gradient.sequences(chunk)], gradient.read(chunk), weight)
+            here = ids[gradient.sequences(chunk)]
+            arriving = embedding_gradient(stream.embed, here, gradient.read(chunk), weight)
             if arriving is None:
                 raise UnknownArchitecture(
                     f"{type(module).__name__} does not look its tokens up in {layer.parameter}, so the price of errors "
                     f"there cannot be measured; use --sensitivity flat."
                 )
             moment += arriving.reshape(-1, arriving.shape[-1]).double().square().sum(0)
-    context.work.save_tensors("sensitivity/embedding.safetensors", {"moment": (moment / ids.numel()).float()})
+            energies += token_energies(here, arriving, layer.shape[0])
+    found = {"moment": (moment / ids.numel()).float(), "energies": (energies / ids.numel()).float()}
+    context.work.save_tensors("sensitivity/embedding.safetensors", found)

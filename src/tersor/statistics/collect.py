@@ -236,15 +236,17 @@ class OutputMoments:
         if not use.output.requires_grad:
             return
         key = (use.layer.name, use.copy)
+        # The hook must not hold `use`: it hangs on the output that `use` holds, a circle that nothing would collect.
+        part, single = use.part, use.layer.copies == 1
 
         def arrived(gradient: Tensor) -> None:
-            gradient = gradient if use.part is None else gradient[use.part]
+            gradient = gradient if part is None else gradient[part]
             flat = gradient.detach().to(torch.float32).reshape(-1, gradient.shape[-1])
             product = (flat * flat).sum(0)
             self.sums[key] = self.sums[key] + product if key in self.sums else product
             self.tokens[key] = self.tokens.get(key, 0) + len(flat)
-            if use.layer.copies == 1:
-                self.energies.setdefault(use.layer.name, []).append((flat * flat).sum(1))
+            if single:
+                self.energies.setdefault(key[0], []).append((flat * flat).sum(1))
 
         use.output.register_hook(arrived)  # type: ignore[no-untyped-call]
 

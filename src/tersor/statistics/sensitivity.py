@@ -28,16 +28,27 @@ _HEAD_TOKENS = 256
 class Objective:
     """The quadratic form that prices a layer's error in nats of KL per token: ``D(E) = Σ_r rows_r · e_r H e_rᵀ``.
 
-    ``rows (out,)`` float32; ``gram`` of the layer's input (for an embedding: see :func:`embedding_objective`).
+    ``rows (out,)`` float32; ``gram`` of the layer's input. Where rows are looked up, as in an embedding, there is a
+    second term ``Σ_r lookups_r · Σ_j e_rj² c_j``, ``lookups (out,)`` and ``moment (in,)`` its ``c``.
     """
 
     rows: Tensor
     gram: Gram
+    lookups: Tensor | None = None
+    moment: Tensor | None = None
 
     def distortion(self, error: Tensor, rows: Tensor | None = None) -> Tensor:
         """Price of each row of ``error (n, in)``; ``rows``: which rows these are, default all."""
         weights = self.rows if rows is None else self.rows[rows]
-        return ((error @ self.gram.matrix) * error).sum(1) * weights
+        price = ((error @ self.gram.matrix) * error).sum(1) * weights
+        if self.lookups is None or self.moment is None:
+            return price
+        return price + (error.square() @ self.moment) * (self.lookups if rows is None else self.lookups[rows])
+
+    def stretch(self, start: int, stop: int) -> Objective:
+        """The same for rows ``start`` to ``stop`` alone."""
+        lookups = None if self.lookups is None else self.lookups[start:stop]
+        return Objective(self.rows[start:stop], self.gram, lookups, self.moment)
 
 
 def backward_block(
@@ -127,7 +138,10 @@ def embedding_gradient(
             hidden = embed(ids)
         if not lookup.rows:
             return None
-        return sum(torch.autograd.grad(hidden, lookup.rows, gradient.to(hidden.dtype)), torch.zeros(()))
+        # Lookups that lead nowhere, of a model that tries itself out first, have none.
+        found = torch.autograd.grad(hidden, lookup.rows, gradient.to(hidden.dtype), allow_unused=True)
+    used = [part for part in found if part is not None]
+    return torch.stack(used).sum(0) if used else None
 
 
 def linear_objective(gram: Gram, moments: OutputMoments, layer: Layer, copy: int = 0) -> Objective:
@@ -143,26 +157,36 @@ def linear_objective(gram: Gram, moments: OutputMoments, layer: Layer, copy: int
 
 
 def embedding_objective(
-    frequency: Tensor, gradient_moment: Tensor, *, head_gram: Gram | None = None, head_rows: Tensor | None = None
+    energies: Tensor, moment: Tensor, *, head_gram: Gram | None = None, head_rows: Tensor | None = None
 ) -> Objective:
-    """The objective of an embedding, and of the head too where the two are tied.
+    """The price of errors in an embedding, and in the head too where the two are tied.
 
-    As an embedding, an error in row ``v`` costs ``½ f_v Σ_j e_vj² c_j``: ``f`` the token's frequency, ``c (in,)`` the
-    second moment of the gradient at the embedding's output. As a head it costs ``½ g_v · e_v H e_vᵀ`` with ``g_v`` the
-    second moment of the logit's gradient, ``E[p_v (1 − p_v)]``. Both row weights are token frequencies in essence, so
-    the sum is put in one form: rows weighted by ``g / Σg`` and the matrix ``Σg · H + diag(c)``.
+    As an embedding, an error in row ``v`` costs ``½ a_v Σ_j e_vj² c_j / c̄``: ``c (in,)`` is the second moment of the
+    gradient at the embedding's output, ``c̄`` its mean, and ``a_v`` (``energies``) the part of ``c̄`` that comes from
+    positions holding token ``v``. Rare tokens have larger gradients than common ones, so their frequency would not do:
+    it understates the rare half of the reference model's vocabulary threefold. As a head it costs
+    ``½ g_v · e_v H e_vᵀ``, ``g_v`` the second moment of the logit's gradient, ``E[p_v (1 − p_v)]``.
     """
-    diagonal = torch.diag(gradient_moment)
+    unit = moment / moment.mean().clamp(min=1e-30)
     if head_gram is None or head_rows is None:
-        return Objective(0.5 * frequency, Gram(diagonal, 0))
-    total = head_rows.sum()
-    return Objective(0.5 * head_rows / total, Gram(total * head_gram.matrix + diagonal, head_gram.tokens))
+        return Objective(torch.zeros_like(energies), Gram(torch.diag(moment), 0), 0.5 * energies, unit)
+    return Objective(0.5 * head_rows, head_gram, 0.5 * energies, unit)
 
 
-def token_frequency(ids: Tensor, vocabulary: int) -> Tensor:
-    """Share of each token in ``ids``, ``(vocabulary,)``, half a count added so that unseen tokens are not free."""
-    counts = torch.bincount(ids.reshape(-1), minlength=vocabulary).to(torch.float32) + 0.5
-    return counts / counts.sum()
+def embedding_gram(moment: Tensor, *, head_gram: Gram | None = None, head_rows: Tensor | None = None) -> Gram:
+    """The matrix that a solver rounds an embedding with: both roles, summed over rows, ``Σg · H + diag(c)``."""
+    if head_gram is None or head_rows is None:
+        return Gram(torch.diag(moment), 0)
+    return Gram(head_rows.sum() * head_gram.matrix + torch.diag(moment), head_gram.tokens)
+
+
+def token_energies(ids: Tensor, gradient: Tensor, vocabulary: int) -> Tensor:
+    """``Σ over positions holding token v of mean_j g_j²``, ``(vocabulary,)`` float64.
+
+    ``ids (B, T)``; ``gradient (B, T, in)`` at the embedding's output.
+    """
+    energy = gradient.double().square().mean(-1).reshape(-1)
+    return torch.zeros(vocabulary, dtype=torch.float64).index_add_(0, ids.reshape(-1), energy)
 
 
 __all__ = [
@@ -170,7 +194,8 @@ __all__ = [
     "backward_block",
     "backward_head",
     "embedding_gradient",
+    "embedding_gram",
     "embedding_objective",
     "linear_objective",
-    "token_frequency",
+    "token_energies",
 ]
