@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import command_line
+import tiny_gguf
 import tiny_runs
 from command_line import Outcome
 from tersor.artifact import open_artifact
@@ -218,3 +219,13 @@ def test_run_continues_a_prompt(tersor: Callable[..., Outcome], folder: Path, ma
     assert tersor(*asked).out == data["text"] + "\n"
     drawn = [tersor(*asked, "--temperature", 2, "--seed", seed).out for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_gguf_file_is_read_without_a_word(tersor: Callable[..., Outcome], folder: Path, words: Path) -> None:
+    pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    model = tiny_gguf.write(folder / "model.gguf")
+    asked = ("--size", "40%", "--text", words, *tiny_runs.OPTIONS, "--json")
+    data = json.loads(tersor("compress", model, "-o", folder / "from-gguf", *asked).out)
+    assert data["file_bytes"] == (folder / "from-gguf" / "model.safetensors").stat().st_size <= data["budget"]
+    assert data["notes"][0].startswith("the source is GGUF F32, rounded to bfloat16")

@@ -118,7 +118,7 @@ def _every_tensor_is_accounted_for(anatomy: Anatomy, artifact: Artifact, result:
 def test_a_family_that_cannot_be_streamed_gets_one_clear_sentence(
     ready: Ready, compress: Compress, tmp_path: Path
 ) -> None:
-    with pytest.raises(UnknownArchitecture, match="blocks of .* cannot be run one by one") as caught:
+    with pytest.raises(UnknownArchitecture, match=r"blocks of .* cannot be run one by one") as caught:
         compress(ready("gemma3n"), size="90%")
     assert str(caught.value).count("\n") == 0
     assert not (tmp_path / "out").exists()

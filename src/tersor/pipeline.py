@@ -276,7 +276,7 @@ def _run(
         peak_memory=peak,
         bits_per_weight=8 * made.file_bytes / anatomy.parameters,
         sample=(samples[0][0], samples[0][2]) if samples else None,
-        notes=notes,
+        notes=anatomy.notes + notes,
         stages=clock.stages,
         resumed=resumed,
     )

@@ -19,7 +19,7 @@ from tersor.pipeline import light_context
 from tersor.stages.context import Context, block_weights, oriented
 from tersor.stages.curves import measure_curves, outside_objectives
 from tersor.stages.options import Budget, Options
-from tersor.stages.sensitivity import load_moments, measure_sensitivity
+from tersor.stages.sensitivity import backward_from, load_moments, measure_sensitivity
 from tersor.stages.work import Work
 from tersor.statistics.collect import OutputMoments, collect_grams
 from tersor.statistics.sampling import draw
@@ -95,6 +95,7 @@ def test_output_moments_are_those_of_explicit_gradients(family: str, tiny: Calla
     context = context_of(folder, tmp_path)
     ids = some_ids()
     measure_sensitivity(context, ids)
+    ids = ids[backward_from(len(ids), context.chunk) :]
     expected, rows = explicit_moments(folder, context, ids)
     compared = 0
     for block in range(len(context.anatomy.blocks)):
@@ -121,6 +122,7 @@ def test_expert_moments_add_up_to_what_reaches_the_layer(tiny: Callable[..., Pat
     context = context_of(tiny("mixtral"), tmp_path)
     ids = some_ids()
     measure_sensitivity(context, ids)
+    ids = ids[backward_from(len(ids), context.chunk) :]
     for block in range(2):
         moments = load_moments(context, block)
         layer = next(layer for layer in context.anatomy.layers_of(block) if layer.copies > 1)
@@ -239,7 +241,7 @@ def priced(context: Context, ids: Tensor) -> dict[str, Objective]:
                 found[layer.name] = linear_objective(gram, load_moments(context, block), layer)
         hidden = out[0]
     for layer in context.anatomy.layers_of(None):
-        found[layer.name] = outside_objectives(context, layer, context.weight(layer)[0], ids)[0]
+        found[layer.name] = outside_objectives(context, layer, context.weight(layer)[0])[1]
     stream.close()
     return found
 
