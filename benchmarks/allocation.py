@@ -1,8 +1,10 @@
 """Is a measured allocation worth it? KL of allocated plans against uniform integer plans of exactly the same bytes.
 
-Same model, text, statistics, solver and run for both sides; embedding, head, scales and headers are in the bytes. For
-each nominal rate several uniform plans are tried and the best of them (least KL) is the one to beat; every other one is
-reported too. Results are kept in the work folder as they come, so an interrupted benchmark continues.
+Same model, text, statistics, solver and run for both sides; embedding, head, scales and headers are in the bytes.
+Two questions are asked. At 3, 4 and 5 bits per weight overall, what does the best uniform plan within that budget lose,
+and what an allocated one? And at the very sizes of 3-, 4- and 5-bit uniform plans, where those are at their best? In
+both, several uniform plans are tried and the one with the least KL is the one to beat; the others are reported too.
+Results are kept in the work folder as they come, so an interrupted benchmark continues.
 
     python benchmarks/allocation.py --model MODEL_FOLDER --text TEXT [--bits 3,4,5] [--out RESULT.json]
 """
@@ -40,6 +42,21 @@ def uniform(context: Context, text: str) -> Plan:
     points = {layer.name: RatePoint(0, 0.0, text) for layer in context.anatomy.layers}
     plan = plan_from_points(context.anatomy, points, 0)
     return replace(plan, budget=plan.file_bytes)
+
+
+def fitting(context: Context, budget: int, tries: int) -> dict[str, Plan]:
+    """The ``tries`` largest uniform integer plans that fit ``budget``, over bits, group sizes and zero points."""
+    widths = {layer.shape[1] for layer in context.anatomy.layers}
+    texts = [
+        f"int{bits}:g{group}{zero}:s8"
+        for bits in range(1, 9)
+        for group in (12, 16, 24, 32, 48, 64)
+        for zero in ("", ":asym")
+        if all(width % group == 0 for width in widths)
+    ]
+    plans = {text: uniform(context, text) for text in texts}
+    within = sorted((text for text in texts if plans[text].file_bytes <= budget), key=lambda t: -plans[t].file_bytes)
+    return {text: plans[text] for text in within[:tries]}
 
 
 def measure(context: Context, texts: Texts, plan: Plan, folder: Path) -> Mapping[str, Any]:
@@ -98,7 +115,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--bits", default="3,4,5")
+    parser.add_argument("--overall", default="3,4,5", help="budgets in bits per weight, everything included")
+    parser.add_argument("--tries", type=int, default=2, help="uniform plans tried for each of them, the largest first")
+    parser.add_argument("--bits", default="3,4,5", help="integer widths whose own sizes are compared too")
     parser.add_argument("--forms", default=",".join(FORMS))
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--evaluation", type=int, default=12)
@@ -125,25 +144,32 @@ def main() -> None:
 
         table = []
         records = curve_stage.load_records(context)
-        for bits in arguments.bits.split(","):
-            plans = {f"int{bits}:{form}": uniform(context, f"int{bits}:{form}") for form in arguments.forms.split(",")}
+
+        def allocated(budget: int) -> Mapping[str, Any]:
+            costs = Costs(context.anatomy, budget)
+            curves = curve_stage.rate_points(context, records, costs.layer)
+            row = once(f"allocated at {budget}", make_plan(context.anatomy, curves, budget, context.options))
+            assert row["bytes"] <= budget
+            return row
+
+        def compare(title: str, plans: Mapping[str, Plan], budget: int | None) -> None:
             rows = {name: once(f"uniform {name}", plan) for name, plan in plans.items()}
             best = min(rows, key=lambda name: rows[name]["kl"])
-            budget = plans[best].file_bytes
-            costs = Costs(context.anatomy, budget)
-            made = make_plan(
-                context.anatomy, curve_stage.rate_points(context, records, costs.layer), budget, context.options
-            )
-            ours = once(f"allocated at {budget}", made)
-            assert ours["bytes"] <= budget
+            ours = allocated(plans[best].file_bytes if budget is None else budget)
             ratio = ours["kl"] / rows[best]["kl"]
-            spread = (
-                ratio * ((ours["kl_error"] / ours["kl"]) ** 2 + (rows[best]["kl_error"] / rows[best]["kl"]) ** 2) ** 0.5
-            )
-            print(f"  {bits} bits: best uniform {best}, allocated / uniform = {ratio:.3f} ± {spread:.3f}", flush=True)
+            errors = [row["kl_error"] / row["kl"] for row in (ours, rows[best])]
+            spread = ratio * (errors[0] ** 2 + errors[1] ** 2) ** 0.5
+            print(f"  {title}: best uniform {best}, allocated / uniform = {ratio:.3f} ± {spread:.3f}", flush=True)
             table.append(
-                {"bits": int(bits), "best": best, "uniform": rows, "allocated": ours, "ratio": ratio, "error": spread}
+                {"case": title, "best": best, "uniform": rows, "allocated": ours, "ratio": ratio, "error": spread}
             )
+
+        for bits in map(float, arguments.overall.split(",") if arguments.overall else []):
+            budget = int(bits * context.anatomy.parameters / 8)
+            compare(f"{bits:g} bits per weight overall", fitting(context, budget, arguments.tries), budget)
+        for bits in arguments.bits.split(",") if arguments.bits else []:
+            plans = {f"int{bits}:{form}": uniform(context, f"int{bits}:{form}") for form in arguments.forms.split(",")}
+            compare(f"the bytes of the best int{bits} plan", plans, None)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     summary = {
         "model": "re-gauged SmolLM2-135M-Instruct (benchmarks/reference_model.py)",
