@@ -229,3 +229,23 @@ def test_a_gguf_file_is_read_without_a_word(tersor: Callable[..., Outcome], fold
     data = json.loads(tersor("compress", model, "-o", folder / "from-gguf", *asked).out)
     assert data["file_bytes"] == (folder / "from-gguf" / "model.safetensors").stat().st_size <= data["budget"]
     assert data["notes"][0].startswith("the source is GGUF F32, rounded to bfloat16")
+
+
+def test_options_reach_the_run_and_are_recorded(
+    tersor: Callable[..., Outcome], small: Path, folder: Path, words: Path
+) -> None:
+    asked = (
+        "--bpw", 6, "--text", words, "--eval-text", words, "--sequences", 3, "--length", 24, "--eval-sequences", 2,
+        "--samples", 0, "--seed", 7, "--candidates", "int4:row, bf16", "--solver", "feedback", "--sensitivity", "flat",
+        "--allocator", "lagrangian", "--no-propagate", "--share-fused", "--dtype", "float32", "--workers", 2,
+    )  # fmt: skip
+    tersor("compress", small, "-o", folder / "options", *asked)
+    artifact = open_artifact(folder / "options")
+    assert artifact.manifest.facts["options"] == {
+        "budget": {"kind": "bpw", "amount": 6.0, "relative": False},
+        "text": str(words), "text_field": None, "text_split": "train", "eval_text": str(words), "eval_sequences": 2,
+        "sequences": 3, "length": 24, "samples": 0, "seed": 7, "candidates": ["int4:row", "bf16"],
+        "solver": "feedback", "sensitivity": "flat", "allocator": "lagrangian", "propagate": False,
+        "share_fused": True, "dtype": "float32",
+    }  # fmt: skip
+    assert {str(codec) for codec in artifact.layers.values()} == {"int4:row", "bf16"}

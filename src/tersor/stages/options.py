@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import asdict, dataclass
+from decimal import Decimal
 from typing import Any, Literal, get_args
 
 from tersor.contracts import Anatomy, Codec
@@ -62,7 +63,7 @@ def parse_bytes(text: str, what: str) -> int:
     unit = match[2].lower() if match else ""
     if match is None or unit not in _UNITS:
         raise BadInput(f"{what} {text!r} is not a size: write bytes, or a number with KB, MB, GB, KiB, MiB or GiB.")
-    return int(float(match[1]) * _UNITS[unit])
+    return int(Decimal(match[1]) * _UNITS[unit])
 
 
 def parse_budget(size: str | None, memory: str | None, bpw: float | None) -> Budget:
