@@ -19,7 +19,7 @@ DEVELOPER := $(VENV)/.installed-for-development
 comma := ,
 SLOW := note: no C++ compiler was found; everything works, but encoding takes about three times as long
 
-.PHONY: demo test lint bench bench-allocation clean
+.PHONY: demo test lint bench bench-allocation bench-sensitivity clean
 .DELETE_ON_ERROR:
 
 demo: $(USER)
@@ -37,8 +37,20 @@ lint: $(DEVELOPER)
 
 bench: bench-allocation
 
-bench-allocation: $(USER)
-	$(BIN)/python benchmarks/allocation.py
+# The reference model is made once; TEXT is a plain text file of some hundred kilobytes, WikiText-2's for the figures here.
+TEXT ?= wikitext2-valid.txt
+
+out/reference: $(USER)
+	$(BIN)/python benchmarks/reference_model.py $@
+
+bench-allocation: out/reference
+	@test -f $(TEXT) || { echo "name a text to measure on: make bench-allocation TEXT=/path/to/text.txt" >&2; exit 1; }
+	$(BIN)/python benchmarks/allocation.py --model out/reference --text $(TEXT)
+	$(BIN)/python benchmarks/budgets.py --model out/reference --text $(TEXT)
+
+bench-sensitivity: out/reference
+	@test -f $(TEXT) || { echo "name a text to measure on: make bench-sensitivity TEXT=/path/to/text.txt" >&2; exit 1; }
+	$(BIN)/python benchmarks/sensitivity.py --model out/reference --text $(TEXT)
 
 clean:
 	rm -rf $(VENV) build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
