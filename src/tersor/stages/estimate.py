@@ -15,6 +15,8 @@ from tersor.errors import BadInput
 from tersor.stages.options import Options
 from tersor.stages.sensitivity import FISHER_SEQUENCES
 
+_REPORT_BYTES = 3_000_000
+"""Most of it is the library that draws the charts; the rest leaves room for a tokenizer."""
 _HEAD_TOKENS = 256
 _HEAD_COPIES = 5
 """Arrays of (tokens x vocabulary) that the head's backward pass holds at once."""
@@ -116,12 +118,12 @@ def estimate(anatomy: Anatomy, options: Options, workers: int, file_bytes: int) 
 
 
 def disk_bytes(anatomy: Anatomy, options: Options, file_bytes: int) -> int:
-    """Bytes on disk while running: the artifact, and hidden states between blocks."""
+    """Bytes on disk while running: the artifact with its report, and hidden states between blocks."""
     tokens = options.sequences * options.length
     backward = min(FISHER_SEQUENCES, options.sequences) * options.length
     width = max((layer.shape[1] for layer in anatomy.layers_of(None)), default=1024)
     dtype = 2 if options.dtype == "bfloat16" else 4
-    return file_bytes + 2 * tokens * width * dtype + backward * width * (len(anatomy.blocks) * dtype + 8)
+    return file_bytes + _REPORT_BYTES + 2 * tokens * width * dtype + backward * width * (len(anatomy.blocks) * dtype + 8)
 
 
 def check_disk(partial: Path, needed: int) -> None:
