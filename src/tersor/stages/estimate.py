@@ -123,7 +123,8 @@ def disk_bytes(anatomy: Anatomy, options: Options, file_bytes: int) -> int:
     backward = min(FISHER_SEQUENCES, options.sequences) * options.length
     width = max((layer.shape[1] for layer in anatomy.layers_of(None)), default=1024)
     dtype = 2 if options.dtype == "bfloat16" else 4
-    return file_bytes + _REPORT_BYTES + 2 * tokens * width * dtype + backward * width * (len(anatomy.blocks) * dtype + 8)
+    hidden = 2 * tokens * width * dtype + backward * width * (len(anatomy.blocks) * dtype + 8)
+    return file_bytes + _REPORT_BYTES + hidden
 
 
 def check_disk(partial: Path, needed: int) -> None:
