@@ -62,7 +62,8 @@ def fitting(context: Context, budget: int, tries: int) -> dict[str, Plan]:
 def measure(context: Context, texts: Texts, plan: Plan, folder: Path) -> Mapping[str, Any]:
     """Encode a plan, open what was written, measure it, throw it away."""
     shutil.rmtree(folder, ignore_errors=True)
-    for left in context.work.folder.glob("encode-*"):
+    # What a resumed run would take over from the one before; here that was another plan.
+    for left in [*context.work.folder.glob("encode-*"), *context.work.folder.glob("quality.json")]:
         left.unlink()
     codecs = {name: parse(choice.codec) for name, choice in plan.layers.items()}
     began = time.perf_counter()
