@@ -28,7 +28,8 @@ WIDE = {"mistral", "gemma2", "gemma3"}
 
 @pytest.mark.parametrize(
     ("family", "options"),
-    [(family, {}) for family in sorted(tiny_models.FAMILIES)] + [(family, {"sliding_window": 11}) for family in WIDE],
+    [(family, {}) for family in sorted(tiny_models.FAMILIES)]
+    + [(family, {"sliding_window": 11}) for family in sorted(WIDE)],
 )
 def test_steps_equal_one_run(family: str, options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "BLOCK", 3)
