@@ -18,7 +18,7 @@ from tersor.errors import NotFinite
 from tersor.pipeline import light_context
 from tersor.stages.context import Context, block_weights
 from tersor.stages.options import Budget, Options
-from tersor.statistics.collect import GramSums, OutputMoments, Use, Watch, collect_grams, in_order
+from tersor.statistics.collect import Grams, OutputMoments, Use, Watch, collect_grams, in_order, second_moment
 
 Hand = dict[tuple[str, int], tuple[Tensor, int]]
 
@@ -38,17 +38,17 @@ def some_ids(sequences: int = 6, length: int = 16) -> Tensor:
     return torch.randint(3, 100, (sequences, length), generator=torch.Generator().manual_seed(3))
 
 
-def grams_of(context: Context, ids: Tensor, *, workers: int = 1, chunk: int = 2) -> tuple[dict[Layer, Any], GramSums]:
+def grams_of(context: Context, ids: Tensor, *, workers: int = 1, chunk: int = 2) -> tuple[dict[Layer, Any], Grams]:
     """All layers of all blocks, and the sums that a pass over ``ids`` collected for them."""
     stream = context.stream()
-    total, layers = GramSums(), {}
+    total, layers = Grams(), {}
     with torch.no_grad():
         hidden = [stream.embed(part) for part in ids.split(chunk)]
     for k in range(len(context.anatomy.blocks)):
         with stream.block(k) as module:
             weights = block_weights(context, module, k)
             after: list[Tensor] = []
-            total.add(
+            found = (
                 collect_grams(
                     lambda at, k=k, module=module, hidden=hidden: stream.run(module, k, hidden[at]),
                     len(hidden),
@@ -57,6 +57,8 @@ def grams_of(context: Context, ids: Tensor, *, workers: int = 1, chunk: int = 2)
                     keep=lambda _, output, after=after: after.append(output),
                 )
             )
+            total.matrices.update(found.matrices)
+            total.tokens.update(found.tokens)
             layers.update(weights)
         hidden = after
     stream.close()
@@ -147,11 +149,15 @@ def test_the_number_of_workers_changes_no_bit(tiny: Callable[..., Path], tmp_pat
     context = light_context(tiny("mixtral"), Options(Budget("bpw", 4.0)), cache_dir=tmp_path)
     one, several = (grams_of(context, some_ids(), workers=workers)[1] for workers in (1, 3))
     assert one.tokens == several.tokens
-    assert all(torch.equal(one.sums[key], several.sums[key]) for key in one.sums)
+    assert all(torch.equal(one.matrices[key], several.matrices[key]) for key in one.matrices)
 
 
 def a_layer(shape: tuple[int, int], **changes: Any) -> Layer:
     return Layer("m", "m.weight", "linear", shape, 0, "m", **changes)
+
+
+def adding_to(sums: Grams) -> Callable[[Use], None]:
+    return lambda use: sums.add(use, second_moment(use))
 
 
 def seen_by(layer: Layer, weight: Tensor, run: Callable[[], Any]) -> list[Use]:
@@ -193,22 +199,22 @@ def test_all_experts_in_one_product_are_told_apart() -> None:
     x = torch.randn(3, 5, 8)
     x[0, 2:] = 0
     x[2] = 0
-    sums, moments = GramSums(), OutputMoments()
-    with Watch({layer: weight}, sums.see), Watch({layer: weight}, moments.see):
+    sums, moments = Grams(), OutputMoments()
+    with Watch({layer: weight}, adding_to(sums)), Watch({layer: weight}, moments.see):
         output = torch.bmm(x.requires_grad_(True), weight)
         output.backward(torch.ones_like(output))
     assert [sums.tokens.get(("m", e), 0) for e in range(3)] == [2, 5, 0]
     first = sums.gram(layer, 0)
     assert first is not None
-    torch.testing.assert_close(first.matrix, x[0, :2].T @ x[0, :2] / 2)
+    torch.testing.assert_close(first.matrix, x[0, :2].T @ x[0, :2])
     assert sums.gram(layer, 2) is None
 
 
 def test_a_layer_whose_output_is_not_wanted_is_not_computed() -> None:
     weight, x = torch.randn(1000, 8), torch.randn(5, 8)
     layer = a_layer((1000, 8))
-    sums = GramSums()
-    with Watch({layer: weight}, sums.see, frozenset([layer])):
+    sums = Grams()
+    with Watch({layer: weight}, adding_to(sums), frozenset([layer])):
         assert torch.nn.functional.linear(x, weight).shape == (5, 1)
     assert sums.tokens == {("m", 0): 5}
 
@@ -217,8 +223,9 @@ def test_a_layer_whose_output_is_not_wanted_is_not_computed() -> None:
 def test_activations_that_are_not_finite_stop_the_run_and_name_the_layer(bad: float) -> None:
     weight, x = torch.randn(12, 8), torch.randn(5, 8)
     x[3, 1] = bad
-    with Watch({a_layer((12, 8)): weight}, GramSums().see), pytest.raises(NotFinite, match="entering m are not finite"):
-        torch.nn.functional.linear(x, weight)
+    (use,) = seen_by(a_layer((12, 8)), weight, lambda: torch.nn.functional.linear(x, weight))
+    with pytest.raises(NotFinite, match="entering m are not finite"):
+        second_moment(use)
 
 
 def test_results_come_in_order_whoever_finishes_first() -> None:

@@ -89,7 +89,7 @@ class RowStretches(Codec):
                     if max(first, stretch.start) < min(end, stretch.stop)
                 ]
                 return torch.cat(pieces) if pieces else torch.empty(0, in_features, dtype=torch.float32, device=device)
-            rows = torch.arange(first, end, step, device=device)
+            rows = torch.tensor(range(first, end, step), dtype=torch.int64, device=device)
         result = torch.empty(len(rows), in_features, dtype=torch.float32, device=device)
         found = 0
         for stretch in stretches:

@@ -19,11 +19,16 @@ from tersor.solvers.sequential import sequential_round
 
 @dataclass(frozen=True)
 class CoordinateFactor:
-    """``start``: what the starting solver needs. ``gram (in, in)`` damped; ``mixing``: ``−H_jk / H_kk``."""
+    """``start``: what the starting solver needs. ``diagonal (in,)``: that of ``H``, damped."""
 
     start: FeedbackFactor
-    gram: Tensor
-    mixing: Tensor
+    diagonal: Tensor
+
+    def rows(self, here: slice) -> Tensor:
+        """Rows of the damped ``H``."""
+        rows = self.start.gram[here].clone()
+        rows.diagonal(here.start).copy_(self.diagonal[here])
+        return rows
 
 
 @dataclass(frozen=True)
@@ -36,10 +41,8 @@ class CoordinateDescent(Solver):
 
     def prepare(self, gram: Gram | None) -> CoordinateFactor:
         start = self.start.prepare(gram)
-        matrix = start.gram.clone()
-        diagonal = matrix.diagonal()
-        diagonal.add_(1e-6 * diagonal.mean() + 1e-30)
-        return CoordinateFactor(start, matrix, -matrix / diagonal[None, :])
+        diagonal = start.gram.diagonal()
+        return CoordinateFactor(start, diagonal + (1e-6 * diagonal.mean() + 1e-30))
 
     def solve(self, weight: Tensor, codec: LeafCodec, prepared: CoordinateFactor) -> Encoded:
         columns = weight.shape[1]
@@ -47,14 +50,15 @@ class CoordinateDescent(Solver):
         side = encoded.side
         codes = encoded.codes.clone()
         values = codec.values(encoded, columns)
-        diagonal = prepared.gram.diagonal()
+        diagonal = prepared.diagonal
         step = max(self.block // codec.span, 1) * codec.span
         numbers = torch.arange(columns)
         for _ in range(self.sweeps):
             before = codes.clone()
             for start in range(0, columns, step):
                 here = slice(start, min(start + step, columns))
-                pull = (weight - values) @ prepared.gram[here].T
+                gram = prepared.rows(here)
+                pull = (weight - values) @ gram.T
                 # The wish of each column, and how later columns of the block move it. With a vector codec the wish is
                 # per column still: the exact joint minimiser differs by the span's own off-diagonal block.
                 target = values[:, here] + pull / diagonal[here]
@@ -63,7 +67,7 @@ class CoordinateDescent(Solver):
                     side,
                     target,
                     reference=values[:, here].contiguous(),
-                    mixing=prepared.mixing[here, here].contiguous(),
+                    mixing=-gram[:, here] / diagonal[here],
                     columns=numbers[here],
                     in_features=columns,
                 )

@@ -21,6 +21,8 @@ from tersor.solvers.sequential import sequential_round
 
 _log = logging.getLogger(__name__)
 _MOST_DAMPING = 1.0
+_STRETCH = 256
+"""Rows that are taken to or from float64 at one time."""
 
 
 @dataclass(frozen=True)
@@ -48,20 +50,16 @@ def factor(gram: Tensor, *, damping: float, order: Tensor, natural: bool) -> Fee
     100 % of the mean diagonal :class:`~tersor.errors.NotPositiveDefinite` is raised. Dead inputs (zero diagonal) are
     taken as unit ones that interact with nothing.
     """
-    matrix = gram.double()
-    diagonal = matrix.diagonal()
-    mean = float(diagonal.mean())
+    matrix = gram
+    mean = float(gram.diagonal().double().mean())
     if not mean > 0:
-        matrix, mean = torch.eye(len(matrix), dtype=torch.float64), 1.0
+        matrix, mean = torch.eye(len(gram)), 1.0
     dead = matrix.diagonal() <= 0
     flip = order.flip(0)
-    turned = matrix[flip][:, flip]
     used = damping
     while True:
-        damped = turned.clone()
-        damped.diagonal().add_(used * mean + dead[flip] * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if int(failed) == 0:
+        lower = _cholesky(matrix, flip, used * mean + dead[flip] * mean)
+        if lower is not None:
             break
         used = max(used * 10, 1e-4)
         if used > _MOST_DAMPING:
@@ -71,10 +69,31 @@ def factor(gram: Tensor, *, damping: float, order: Tensor, natural: bool) -> Fee
             )
         _log.warning("Gram matrix of %d inputs is not positive definite: damping raised to %g", len(matrix), used)
     # Flipping the lower factor of the flipped matrix gives the upper factor R of H = R Rᵀ.
-    upper = lower.flip(0).flip(1)
-    pivots = upper.diagonal()
-    mixing = torch.triu(-upper / pivots[None, :], 1)
-    return FeedbackFactor(mixing.float(), (pivots * pivots).float(), order, gram, used, natural)
+    count = len(lower)
+    pivots = lower.diagonal().flip(0)
+    mixing = torch.empty(count, count)
+    for start in range(0, count, _STRETCH):
+        stop = min(start + _STRETCH, count)
+        upper = lower[count - stop : count - start].flip(0).flip(1)
+        mixing[start:stop] = torch.triu(-upper / pivots[None, :], 1 + start)
+    return FeedbackFactor(mixing, (pivots * pivots).float(), order, gram, used, natural)
+
+
+def _cholesky(matrix: Tensor, order: Tensor, damping: Tensor) -> Tensor | None:
+    """Lower factor, float64, of ``matrix`` with rows and columns in ``order`` and ``damping`` added to its diagonal.
+
+    None when it is not positive definite. One float64 matrix is there at any time, and no more: it is filled in
+    stretches, laid out in columns as the factorization wants it, and factored in place.
+    """
+    columns = torch.empty(matrix.shape, dtype=torch.float64)
+    for start in range(0, len(order), _STRETCH):
+        stretch = order[start : start + _STRETCH]
+        columns[start : start + len(stretch)] = matrix[:, stretch].T[:, order]
+    lower = columns.T
+    lower.diagonal().add_(damping)
+    failed = torch.empty((), dtype=torch.int32)
+    torch.linalg.cholesky_ex(lower, out=(lower, failed))
+    return lower if int(failed) == 0 else None
 
 
 @dataclass(frozen=True)

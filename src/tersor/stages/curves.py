@@ -20,7 +20,7 @@ from tersor.stages.options import default_candidates, usable
 from tersor.stages.sensitivity import advance, backward_from, head_parameter, load_moments
 from tersor.stages.stretches import Measured, combine, stretch_stops
 from tersor.stages.work import Hidden
-from tersor.statistics.collect import GramSums, OutputMoments, collect_grams, collect_guided_grams, in_order
+from tersor.statistics.collect import Grams, OutputMoments, collect_grams, collect_guided_grams, in_order
 from tersor.statistics.curves import draw_sample, measure
 from tersor.statistics.sensitivity import Objective, embedding_gram, embedding_objective, linear_objective
 
@@ -33,13 +33,13 @@ MINIMUM_EXPERT_TOKENS = 256
 
 @dataclass(frozen=True)
 class Statistics:
-    """Gram sums of the calibration text and of its held-out part, for the layers of one block.
+    """Gram matrices of the calibration text and of its held-out part, for the layers of one block.
 
     ``guided``: by layer, the text of the backward pass weighted by its gradients, where there are any.
     """
 
-    fit: GramSums
-    held_out: GramSums
+    fit: Grams
+    held_out: Grams
     guided: dict[str, Gram]
 
     def both(self, layer: Layer, copy: int) -> tuple[Gram | None, Gram | None]:

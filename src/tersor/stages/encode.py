@@ -20,7 +20,7 @@ from tersor.stages.context import ROW_CHUNK, Context, block_weights, oriented
 from tersor.stages.curves import outside_objectives
 from tersor.stages.sensitivity import advance
 from tersor.stages.work import Hidden
-from tersor.statistics.collect import GramSums, collect_grams, in_order
+from tersor.statistics.collect import Grams, collect_grams, in_order
 from tersor.statistics.curves import encode_rows
 
 STAGE = "encode"
@@ -179,7 +179,7 @@ def _prepare(context: Context, gram: Gram | None, name: str) -> Prepared:
 def _encode_layers(
     context: Context,
     weights: Mapping[Layer, Tensor],
-    sums: GramSums,
+    sums: Grams,
     codecs: Mapping[str, Codec],
     writer: ArtifactWriter,
 ) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -142,47 +142,76 @@ def in_order(work: Callable[[int], Result], count: int, workers: int) -> Iterato
             yield result
 
 
-@dataclass
-class GramSums:
-    """Running sums of ``x xᵀ`` for the distinct inputs of some layers.
+def watched_runs(
+    forward: Callable[[int], Tensor],
+    chunks: int,
+    weights: Mapping[Layer, Tensor],
+    *,
+    workers: int,
+    skip: frozenset[Layer] = frozenset(),
+) -> Iterator[tuple[list[tuple[int, Use]], list[Tensor]]]:
+    """Run ``forward(chunk)`` for every chunk, ``workers`` at a time; gives the uses, with their chunk, and the outputs.
 
-    Keyed by ``(layer.inputs, copy)``. Sums are float32: chunks hold a few thousand tokens and are added a few hundred
-    times, an error near 1e-6 of the entry, far below the bfloat16 rounding of the activations themselves; the
-    factorization that is sensitive to it is done in float64 with damping four orders of magnitude above.
+    What is done with the inputs comes after the runs, product by product: matrices of ``(in, in)`` are then never there
+    for all layers of all chunks under way. Inputs are copies, since a model may change them in place further on; outputs
+    of single products are not kept.
     """
 
-    sums: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    def work(chunk: int) -> tuple[list[tuple[int, Use]], Tensor]:
+        uses: list[tuple[int, Use]] = []
+
+        def seen(use: Use) -> None:
+            uses.append((chunk, replace(use, inputs=use.inputs.clone(), output=use.inputs.new_empty(0))))
+
+        with torch.no_grad(), Watch(weights, seen, skip):
+            output = forward(chunk)
+        return uses, output
+
+    for start in range(0, chunks, workers):
+        runs = list(in_order(lambda index, start=start: work(start + index), min(workers, chunks - start), workers))
+        yield [use for uses, _ in runs for use in uses], [output for _, output in runs]
+
+
+def second_moment(use: Use) -> Tensor:
+    """``Σ_tokens x xᵀ`` of one input, ``(in, in)`` float32. Raises NotFinite naming the layer."""
+    x = use.inputs.detach().to(torch.float32)
+    product = x.T @ x
+    if not torch.isfinite(product.diagonal()).all():
+        bad = int((~torch.isfinite(x)).any(1).sum())
+        found = f"{bad} of {len(x)} tokens have NaN or Inf" if bad else f"up to {float(x.abs().max()):.2g}"
+        raise NotFinite(
+            f"Activations entering {use.layer.name} are not finite or too large to square ({found}); check the "
+            f"source model, or run with --dtype float32."
+        )
+    return product
+
+
+@dataclass
+class Grams:
+    """Second moments of the distinct inputs of some layers, keyed by ``(layer.inputs, copy)``.
+
+    ``matrices``: sums of ``x xᵀ`` while they are collected, means afterwards. Sums are float32: chunks hold a few
+    thousand tokens and are added a few hundred times, an error near 1e-6 of the entry, far below the bfloat16 rounding
+    of the activations themselves; the factorization that is sensitive to it is done in float64 with damping four orders
+    of magnitude above.
+    """
+
+    matrices: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     tokens: dict[tuple[str, int], int] = field(default_factory=dict)
 
-    def see(self, use: Use) -> None:
+    def add(self, use: Use, moment: Tensor) -> None:
+        """Add what :func:`second_moment` gave; it is used up."""
         key = (use.layer.inputs, use.copy)
-        x = use.inputs.detach().to(torch.float32)
-        product = x.T @ x
-        if not torch.isfinite(product.diagonal()).all():
-            bad = int((~torch.isfinite(x)).any(1).sum())
-            found = f"{bad} of {len(x)} tokens have NaN or Inf" if bad else f"up to {float(x.abs().max()):.2g}"
-            raise NotFinite(
-                f"Activations entering {use.layer.name} are not finite or too large to square ({found}); check the "
-                f"source model, or run with --dtype float32."
-            )
-        self.sums[key] = self.sums[key] + product if key in self.sums else product
-        self.tokens[key] = self.tokens.get(key, 0) + len(x)
-
-    def add(self, other: GramSums) -> None:
-        """Add another chunk's sums; the other is used up."""
-        for key, product in other.sums.items():
-            if key in self.sums:
-                self.sums[key].add_(product)
-            else:
-                self.sums[key] = product
-            self.tokens[key] = self.tokens.get(key, 0) + other.tokens[key]
+        if key in self.matrices:
+            self.matrices[key].add_(moment)
+        else:
+            self.matrices[key] = moment
+        self.tokens[key] = self.tokens.get(key, 0) + len(use.inputs)
 
     def gram(self, layer: Layer, copy: int = 0) -> Gram | None:
         """The Gram matrix of a layer's input, or None if no token ever reached it (an expert never chosen)."""
         key = (layer.inputs, copy)
-        if key not in self.sums:
-            return None
-        return Gram(self.sums[key] / self.tokens[key], self.tokens[key])
+        return Gram(self.matrices[key], self.tokens[key]) if key in self.matrices else None
 
 
 def collect_grams(
@@ -193,8 +222,8 @@ def collect_grams(
     workers: int,
     keep: Callable[[int, Tensor], None] | None = None,
     skip: frozenset[Layer] = frozenset(),
-) -> GramSums:
-    """Run ``forward(chunk)`` for every chunk and sum the Gram matrices of all watched layers.
+) -> Grams:
+    """Run ``forward(chunk)`` for every chunk and take the Gram matrices of all watched layers.
 
     ``keep(chunk, output)`` receives the block's outputs in order. Raises NotFinite naming the layer.
     """
@@ -203,18 +232,17 @@ def collect_grams(
     for layer in weights:
         chosen.setdefault(layer.inputs, layer)
     watched = {layer: weights[layer] for layer in chosen.values()}
-
-    def work(chunk: int) -> tuple[GramSums, Tensor]:
-        sums = GramSums()
-        with torch.no_grad(), Watch(watched, sums.see, skip):
-            output = forward(chunk)
-        return sums, output
-
-    total = GramSums()
-    for chunk, (sums, output) in enumerate(in_order(work, chunks, workers)):
-        total.add(sums)
-        if keep is not None:
-            keep(chunk, output)
+    total, done = Grams(), 0
+    for uses, outputs in watched_runs(forward, chunks, watched, workers=workers, skip=skip):
+        moments = in_order(lambda index, uses=uses: second_moment(uses[index][1]), len(uses), workers)
+        for (_, use), moment in zip(uses, moments, strict=True):
+            total.add(use, moment)
+        for chunk, output in enumerate(outputs, done):
+            if keep is not None:
+                keep(chunk, output)
+        done += len(outputs)
+    for key, matrix in total.matrices.items():
+        matrix.div_(total.tokens[key])
     return total
 
 
@@ -258,23 +286,6 @@ class OutputMoments:
             self.energies.setdefault(name, []).extend(pieces)
 
 
-@dataclass
-class GuidedSums:
-    """Running sums of ``w x xᵀ`` for each layer by itself; ``w``: energy of a token's gradient at its output."""
-
-    energies: Mapping[str, Tensor]
-    sums: dict[str, Tensor] = field(default_factory=dict)
-
-    def see(self, use: Use) -> None:
-        energy = self.energies.get(use.layer.name)
-        x = use.inputs.detach().to(torch.float32)
-        if energy is None or len(energy) != len(x):
-            return
-        product = x.T @ (x * energy[:, None])
-        name = use.layer.name
-        self.sums[name] = self.sums[name] + product if name in self.sums else product
-
-
 def collect_guided_grams(
     forward: Callable[[int], Tensor],
     pieces: Sequence[slice],
@@ -293,17 +304,21 @@ def collect_guided_grams(
     Layers that are not used exactly once a token are left out.
     """
 
-    def work(index: int) -> GuidedSums:
-        sums = GuidedSums({name: energy[pieces[index]] for name, energy in energies.items()})
-        with torch.no_grad(), Watch(weights, sums.see):
-            forward(index)
-        return sums
+    def product(entry: tuple[int, Use]) -> Tensor | None:
+        index, use = entry
+        energy = energies[use.layer.name][pieces[index]]
+        x = use.inputs.to(torch.float32)
+        return x.T @ (x * energy[:, None]) if len(energy) == len(x) else None
 
     total: dict[str, Tensor] = {}
-    for sums in in_order(work, len(pieces), workers):
-        for name, product in sums.sums.items():
-            total[name] = total[name].add_(product) if name in total else product
+    watched = {layer: weight for layer, weight in weights.items() if layer.name in energies}
+    for uses, _ in watched_runs(forward, len(pieces), watched, workers=workers):
+        products = in_order(lambda index, uses=uses: product(uses[index]), len(uses), workers)
+        for (_, use), found in zip(uses, products, strict=True):
+            name = use.layer.name
+            if found is not None:
+                total[name] = total[name].add_(found) if name in total else found
     return {
-        name: Gram(product / energies[name].sum().clamp(min=1e-30), len(energies[name]))
-        for name, product in total.items()
+        name: Gram(matrix.div_(energies[name].sum().clamp(min=1e-30)), len(energies[name]))
+        for name, matrix in total.items()
     }
