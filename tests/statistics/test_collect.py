@@ -48,14 +48,12 @@ def grams_of(context: Context, ids: Tensor, *, workers: int = 1, chunk: int = 2)
         with stream.block(k) as module:
             weights = block_weights(context, module, k)
             after: list[Tensor] = []
-            found = (
-                collect_grams(
-                    lambda at, k=k, module=module, hidden=hidden: stream.run(module, k, hidden[at]),
-                    len(hidden),
-                    weights,
-                    workers=workers,
-                    keep=lambda _, output, after=after: after.append(output),
-                )
+            found = collect_grams(
+                lambda at, k=k, module=module, hidden=hidden: stream.run(module, k, hidden[at]),
+                len(hidden),
+                weights,
+                workers=workers,
+                keep=lambda _, output, after=after: after.append(output),
             )
             total.matrices.update(found.matrices)
             total.tokens.update(found.tokens)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
 _ENTRIES = 1 << 20
 """Entries of normal matrices that are factored at one time."""
 
@@ -16,7 +15,7 @@ def least_squares(normal: Tensor, right: Tensor) -> Tensor:
     A whisper of damping keeps entries that nothing depends on from blowing up; rows that cannot be solved give NaN.
     """
     rows = max(1, _ENTRIES // normal[0].numel()) if len(normal) else 1
-    return torch.cat([_solve(*pair) for pair in zip(normal.split(rows), right.split(rows), strict=True)])
+    return torch.cat([_solve(*pair) for pair in zip(normal.split(rows), right.split(rows), strict=True)])  # type: ignore[no-untyped-call]
 
 
 def _solve(normal: Tensor, right: Tensor) -> Tensor:

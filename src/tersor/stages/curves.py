@@ -16,6 +16,7 @@ from tersor.errors import ShapeMismatch
 from tersor.runtime.stream import BlockStream
 from tersor.solvers import Nearest
 from tersor.stages.context import Context, Record, block_weights, oriented, parsed
+from tersor.stages.memory import give_back
 from tersor.stages.options import default_candidates, usable
 from tersor.stages.sensitivity import advance, backward_from, head_parameter, load_moments
 from tersor.stages.stretches import Measured, combine, stretch_stops
@@ -73,20 +74,13 @@ def measure_curves(context: Context, ids: Tensor, *, points: bool = True) -> Non
             stores[0].finish()
         for block in range(first, blocks):
             context.work.event(STAGE, "block begun", block=block)
+            record: Record = {}
             with stream.block(block) as module:
                 if points:
-                    weights = block_weights(context, module, block)
-                    fit_chunks = stores[block].chunks - context.held_out(ids)
-                    statistics = _block_statistics(context, stream, module, block, weights, stores, fit_chunks)
-                    moments = load_moments(context, block) if context.options.sensitivity == "fisher" else None
-                    if moments is not None:
-                        statistics.guided.update(
-                            _guided(context, stream, module, block, weights, stores[block], moments)
-                        )
-                    record = _measure_layers(context, weights, statistics, moments)
+                    record = _measure_block(context, stream, module, block, stores, context.held_out(ids))
                 else:
-                    record = {}
                     advance(context, stream, module, block, stores[block], stores[block + 1])
+            give_back()
             context.work.save(f"curves/block-{block}.json", record)
             context.work.event(STAGE, "block done", block=block)
             stores[block].remove()
@@ -97,6 +91,19 @@ def measure_curves(context: Context, ids: Tensor, *, points: bool = True) -> Non
         context.progress(STAGE, total, total)
     finally:
         stream.close()
+
+
+def _measure_block(
+    context: Context, stream: BlockStream, module: torch.nn.Module, block: int, stores: list[Hidden], held_out: int
+) -> Record:
+    """Statistics and points of one block; its matrices go when this returns."""
+    weights = block_weights(context, module, block)
+    fit_chunks = stores[block].chunks - held_out
+    statistics = _block_statistics(context, stream, module, block, weights, stores, fit_chunks)
+    moments = load_moments(context, block) if context.options.sensitivity == "fisher" else None
+    if moments is not None:
+        statistics.guided.update(_guided(context, stream, module, block, weights, stores[block], moments))
+    return _measure_layers(context, weights, statistics, moments)
 
 
 def _block_statistics(

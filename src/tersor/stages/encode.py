@@ -18,6 +18,7 @@ from tersor.runtime.stream import BlockStream
 from tersor.solvers import Nearest
 from tersor.stages.context import ROW_CHUNK, Context, block_weights, oriented
 from tersor.stages.curves import outside_objectives
+from tersor.stages.memory import give_back
 from tersor.stages.sensitivity import advance
 from tersor.stages.work import Hidden
 from tersor.statistics.collect import Grams, collect_grams, in_order
@@ -137,6 +138,7 @@ def _encode_block(
             advance(context, stream, module, block, before, after)
         else:
             after.finish()
+    give_back()
     context.work.event(STAGE, "block done", block=block)
     before.remove()
 

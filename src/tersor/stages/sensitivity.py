@@ -9,6 +9,7 @@ from tersor.contracts import Layer
 from tersor.errors import NotFinite, UnknownArchitecture
 from tersor.runtime.stream import BlockStream
 from tersor.stages.context import Context, block_weights
+from tersor.stages.memory import give_back
 from tersor.stages.work import Hidden
 from tersor.statistics.collect import OutputMoments, in_order
 from tersor.statistics.sensitivity import backward_block, backward_head, embedding_gradient, token_energies
@@ -102,6 +103,7 @@ def _forward(context: Context, stream: BlockStream, ids: Tensor, total: int) -> 
         context.work.event(STAGE, "block begun", block=block, way="forward")
         with stream.block(block) as module:
             advance(context, stream, module, block, stores[block], stores[block + 1])
+        give_back()
         context.work.event(STAGE, "block done", block=block, way="forward")
         context.progress(STAGE, block + 1, total)
     return stores
@@ -170,6 +172,7 @@ def _back(context: Context, stream: BlockStream, block: int, inputs: Hidden, arr
         )
     leaving.finish()
     _save_moments(context, f"block-{block}", moments)
+    give_back()
     context.work.event(STAGE, "block done", block=block, way="backward")
     arriving.remove()
     return leaving

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +23,7 @@ from tersor.contracts import Gram, Layer
 from tersor.errors import NotFinite
 
 Result = TypeVar("Result")
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -153,8 +155,8 @@ def watched_runs(
     """Run ``forward(chunk)`` for every chunk, ``workers`` at a time; gives the uses, with their chunk, and the outputs.
 
     What is done with the inputs comes after the runs, product by product: matrices of ``(in, in)`` are then never there
-    for all layers of all chunks under way. Inputs are copies, since a model may change them in place further on; outputs
-    of single products are not kept.
+    for all layers of all chunks under way. Inputs are copies, since a model may change them in place further on;
+    outputs of single products are not kept.
     """
 
     def work(chunk: int) -> tuple[list[tuple[int, Use]], Tensor]:
@@ -168,8 +170,13 @@ def watched_runs(
         return uses, output
 
     for start in range(0, chunks, workers):
-        runs = list(in_order(lambda index, start=start: work(start + index), min(workers, chunks - start), workers))
+        here = range(start, min(start + workers, chunks))
+        runs = list(in_order(partial(_at, work, here), len(here), workers))
         yield [use for uses, _ in runs for use in uses], [output for _, output in runs]
+
+
+def _at(function: Callable[[Item], Result], items: Sequence[Item], index: int) -> Result:
+    return function(items[index])
 
 
 def second_moment(use: Use) -> Tensor:
@@ -234,7 +241,7 @@ def collect_grams(
     watched = {layer: weights[layer] for layer in chosen.values()}
     total, done = Grams(), 0
     for uses, outputs in watched_runs(forward, chunks, watched, workers=workers, skip=skip):
-        moments = in_order(lambda index, uses=uses: second_moment(uses[index][1]), len(uses), workers)
+        moments = in_order(partial(_at, second_moment, [use for _, use in uses]), len(uses), workers)
         for (_, use), moment in zip(uses, moments, strict=True):
             total.add(use, moment)
         for chunk, output in enumerate(outputs, done):
@@ -313,7 +320,7 @@ def collect_guided_grams(
     total: dict[str, Tensor] = {}
     watched = {layer: weight for layer, weight in weights.items() if layer.name in energies}
     for uses, _ in watched_runs(forward, len(pieces), watched, workers=workers):
-        products = in_order(lambda index, uses=uses: product(uses[index]), len(uses), workers)
+        products = in_order(partial(_at, product, uses), len(uses), workers)
         for (_, use), found in zip(uses, products, strict=True):
             name = use.layer.name
             if found is not None:
