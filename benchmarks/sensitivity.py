@@ -26,13 +26,14 @@ from tersor import pipeline
 from tersor.codecs import parse
 from tersor.contracts import Gram, Layer, RatePoint
 from tersor.evaluation.divergence import compare_logits
+from tersor.parallel import in_order
 from tersor.runtime.stream import BlockStream
+from tersor.solvers import Encoder
 from tersor.stages import curves as curve_stage
 from tersor.stages.allocate import Costs, make_plan
-from tersor.stages.context import ROW_CHUNK, Context, block_weights, oriented
+from tersor.stages.context import Context, block_weights, oriented
 from tersor.stages.sensitivity import load_moments
-from tersor.statistics.collect import collect_grams, in_order
-from tersor.statistics.curves import encode_rows
+from tersor.statistics.collect import collect_grams
 from tersor.statistics.sensitivity import Objective, linear_objective
 
 PROBE = "int3:g32:s8"
@@ -40,16 +41,7 @@ PROBE = "int3:g32:s8"
 
 def rounded(context: Context, weight: Tensor, gram: Gram) -> Tensor:
     """A weight ``(out, in)`` as the probe codec represents it, solved as for rate–distortion points."""
-    solver = context.sampler()
-    prepared = solver.prepare(gram)
-    codec = parse(PROBE)
-    starts = range(0, weight.shape[0], ROW_CHUNK)
-
-    def work(index: int) -> Tensor:
-        rows = weight[starts[index] : starts[index] + ROW_CHUNK].float()
-        return encode_rows(rows, codec, solver, prepared)[1]
-
-    return torch.cat(list(in_order(work, len(starts), context.workers)))
+    return Encoder(context.sampler(), workers=context.workers)(weight.float(), parse(PROBE), gram)[1]
 
 
 def finish_from(

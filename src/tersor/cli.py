@@ -57,8 +57,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 
 def _settings(values: dict[str, Any]) -> dict[str, Any]:
     """Options of a command, out of its local variables, as the API takes them."""
+    from tersor.codecs import split
+
     named = values.pop("candidates")
-    values["candidates"] = None if named is None else tuple(part.strip() for part in named.split(",") if part.strip())
+    values["candidates"] = None if named is None else tuple(part for part in split(named, ",") if part)
     return values
 
 

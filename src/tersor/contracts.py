@@ -7,16 +7,17 @@ Conventions, everywhere alike:
 * The distortion of a layer is ``D = Σ_r g_r · e_r H e_rᵀ`` where ``e_r`` is row ``r`` of ``W − Ŵ`` and ``g`` are row
   weights (1 where unknown).
 * Rates are exact: ``codec.bits(shape)`` is eight times the bytes that the layer's tensors take in the file.
-* Rows are independent given ``H``. Every side-information tensor of a leaf codec therefore has rows first, and a
-  solver may be run on any subset of rows; the result for a row does not depend on which others are present.
+* Tiles of rows are independent given ``H`` and what the codec learned from the layer as a whole. A tile is one row,
+  unless a codec codes several together (:meth:`Codec.tile`). Side information of a leaf codec therefore has rows
+  first, and a solver may be run on any whole tiles; the result does not depend on which others are present.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -30,11 +31,16 @@ Side = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Part:
-    """One stored tensor of an encoded layer; in the file it is called ``<layer>.<name>``."""
+    """One stored tensor of an encoded layer; in the file it is called ``<layer>.<name>``.
+
+    ``shared``: it belongs to the layer as a whole (a codebook, a basis). All other parts have one entry of their first
+    axis for each row, or for each tile of rows.
+    """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    shared: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -53,7 +59,7 @@ class Codec(ABC):
 
     @abstractmethod
     def parts(self, shape: Shape) -> tuple[Part, ...]:
-        """The stored tensors for a weight ``(out, in)``. Rows come first in every part.
+        """The stored tensors for a weight ``(out, in)``. Rows come first in every part that is not shared.
 
         Raises :class:`~tersor.errors.ShapeMismatch` when the shape cannot be taken.
         """
@@ -62,13 +68,28 @@ class Codec(ABC):
     def decode(self, tensors: Mapping[str, Tensor], shape: Shape) -> Tensor:
         """Stored tensors back to a float32 weight ``(out, in)``."""
 
-    def decode_rows(self, tensors: Mapping[str, Tensor], in_features: int, rows: slice | Tensor) -> Tensor:
-        """Some rows ``(n, in)`` out of a whole layer's stored tensors. ``rows``: a slice, or row numbers ``(n,)``.
+    def decode_rows(self, tensors: Mapping[str, Tensor], shape: Shape, rows: slice | Tensor) -> Tensor:
+        """Some rows ``(n, in)`` of a whole layer ``shape``'s stored tensors. ``rows``: a slice, or numbers ``(n,)``.
 
-        Because parts have rows first, that is decoding the same rows of every part.
+        Where a tile is one row, that is decoding the same rows of every part that is not shared. Codecs with larger
+        tiles, or parts that have no rows, say how they do it.
         """
-        tile = {name: tensor[rows] for name, tensor in tensors.items()}
-        return self.decode(tile, (next(iter(tile.values())).shape[0], in_features))
+        shared = {part.name for part in self.parts(shape) if part.shared}
+        tile = {name: tensor if name in shared else tensor[rows] for name, tensor in tensors.items()}
+        count = next(len(tensor) for name, tensor in tile.items() if name not in shared)
+        return self.decode(tile, (count, shape[1]))
+
+    def tile(self, rows: int) -> int:
+        """How many rows of a layer of ``rows`` are coded together; the last tile may be shorter."""
+        return 1
+
+    @property
+    def sampled(self) -> bool:
+        """Whether what a layer would lose can be measured on some of its rows.
+
+        Not so for a codec whose shared parts would fit a few rows far better than all of them.
+        """
+        return True
 
     def stretches(self, rows: int) -> tuple[Stretch, ...]:
         """Stretches of rows that are encoded each by itself: one, unless the codec is made of several."""
@@ -141,6 +162,14 @@ class LeafCodec(Codec):
     span: ClassVar[int] = 1
     """Input columns that are rounded together: 1 for scalars, 8 for E8, 16 for a trellis tile."""
 
+    def learn(self, weight: Tensor, gram: Gram | None) -> LeafCodec:
+        """This codec with everything that depends on a layer as a whole: a codebook, the size of its tiles.
+
+        ``weight (out, in)`` of any float dtype. What solvers drive is the result; it packs the shared parts too, and
+        may be run on any whole tiles. Default: nothing to learn.
+        """
+        return self
+
     def segment(self, in_features: int) -> int:
         """Columns whose side information depends on no other columns: the group size, or ``in_features``.
 
@@ -211,8 +240,11 @@ class Solver(ABC):
 
     needs_gram: ClassVar[bool] = True
 
-    def prepare(self, gram: Gram | None) -> Any:
-        """What depends on the Gram matrix alone; computed once and shared by all layers with the same input."""
+    def prepare(self, gram: Gram | None, span: int = 1) -> Any:
+        """What depends on the Gram matrix alone; computed once and shared by all layers with the same input.
+
+        ``span``: that of the codecs it will be used with.
+        """
         return gram
 
     @abstractmethod
@@ -226,6 +258,30 @@ class DirectCodec(Codec):
     @abstractmethod
     def encode(self, weight: Tensor, gram: Gram | None = None) -> dict[str, Tensor]:
         """Stored tensors for ``weight (out, in)`` float32. Pure."""
+
+
+class Encode(Protocol):
+    """How a codec made of others has its parts encoded, without knowing the solver."""
+
+    def __call__(self, weight: Tensor, codec: Codec, gram: Gram | None) -> tuple[dict[str, Tensor], Tensor]:
+        """Stored tensors for ``weight (out, in)`` float32, and the values that they decode to."""
+
+    def transformed(self, gram: Gram, key: str, make: Callable[[], Gram]) -> Gram:
+        """What ``make`` gives for ``gram``, made once for all layers with this Gram matrix; ``key`` says what it is."""
+
+
+class CompositeCodec(Codec):
+    """A codec made of others: a sum, a split, a change of basis. Encodes a layer as a whole.
+
+    The names of an inner codec's parts get a prefix that ends in ``_``.
+    """
+
+    @abstractmethod
+    def encode(self, weight: Tensor, gram: Gram | None, encode: Encode) -> tuple[dict[str, Tensor], Tensor]:
+        """Stored tensors for ``weight (out, in)`` float32, and the values that they decode to. Pure.
+
+        ``encode`` does the same for the codecs inside.
+        """
 
 
 LayerKind = Literal["linear", "conv1d", "embedding", "experts"]

@@ -85,7 +85,7 @@ def test_any_rows_are_those_rows_of_the_whole(codec: RowStretches, data: st.Data
     total = len(values)
     numbers = st.lists(st.integers(0, total - 1), max_size=12).map(lambda rows: torch.tensor(rows, dtype=torch.int64))
     rows = data.draw(st.slices(total).filter(lambda s: (s.step or 1) > 0) | numbers)
-    found = codec.decode_rows(tensors, COLUMNS, rows)
+    found = codec.decode_rows(tensors, (total, COLUMNS), rows)
     assert found.dtype == torch.float32
     assert torch.equal(found, values[rows])
 
@@ -99,7 +99,7 @@ def test_any_rows_are_those_rows_of_the_whole(codec: RowStretches, data: st.Data
 def test_no_rows_at_all(text: str, rows: slice | Tensor) -> None:
     codec = parse(text)
     tensors, _ = encoded(codec)
-    assert codec.decode_rows(tensors, COLUMNS, rows).shape == (0, COLUMNS)
+    assert codec.decode_rows(tensors, (codec.stops[-1], COLUMNS), rows).shape == (0, COLUMNS)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_codecs_without_stretches_give_rows_too(text: str) -> None:
     whole = codec.decode(tensors, (9, COLUMNS))
     assert codec.stretches(9) == (Stretch(0, 9, codec, ""),)
     for rows in (slice(2, 7), slice(3, 3), slice(None), torch.tensor([8, 0, 0, 3]), torch.tensor([], dtype=torch.long)):
-        assert torch.equal(codec.decode_rows(tensors, COLUMNS, rows), whole[rows])
+        assert torch.equal(codec.decode_rows(tensors, (9, COLUMNS), rows), whole[rows])
 
 
 def test_stretches_of_one_row() -> None:
@@ -122,7 +122,7 @@ def test_stretches_of_one_row() -> None:
     tensors, values = encoded(codec)
     assert torch.equal(codec.decode(tensors, (4, COLUMNS)), values)
     for row in range(4):
-        assert torch.equal(codec.decode_rows(tensors, COLUMNS, slice(row, row + 1)), values[row : row + 1])
+        assert torch.equal(codec.decode_rows(tensors, (4, COLUMNS), slice(row, row + 1)), values[row : row + 1])
 
 
 def test_the_last_stop_must_be_the_number_of_rows() -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tersor.anatomy import analyse, open_source, skeleton
 from tersor.codecs import parse
-from tersor.contracts import Anatomy
+from tersor.contracts import Anatomy, Layer
 from tersor.errors import BadInput
 from tersor.stages.allocate import budget_bytes, dense_layout
 from tersor.stages.options import (
@@ -104,7 +104,8 @@ def test_what_a_budget_is_told_to_become_is_enough_and_hardly_more(anatomy: Anat
 @given(st.integers(1, 5000))
 def test_default_candidates_are_codecs_that_fit(in_features: int) -> None:
     codecs = {text: parse(text) for text in default_candidates(in_features)}
-    fitting = usable(codecs, (8, in_features))
+    layer = Layer("layer", "layer.weight", "linear", (8, in_features), 0, "inputs")
+    fitting = usable(codecs, layer)
     assert fitting == list(codecs)  # there is one for every width, and none that cannot be used
     assert {"bf16"} < set(fitting)
     widths = [codec.bits((8, in_features)) for text, codec in codecs.items() if text.startswith("int")]

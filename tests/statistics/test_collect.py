@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM
 import tiny_models
 from tersor.contracts import Layer
 from tersor.errors import NotFinite
+from tersor.parallel import in_order
 from tersor.pipeline import light_context
 from tersor.stages.context import Context, block_weights
 from tersor.stages.options import Budget, Options
-from tersor.statistics.collect import Grams, OutputMoments, Use, Watch, collect_grams, in_order, second_moment
+from tersor.statistics.collect import Grams, OutputMoments, Use, Watch, collect_grams, second_moment
 
 Hand = dict[tuple[str, int], tuple[Tensor, int]]
 

@@ -11,10 +11,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tersor.codecs import parse
-from tersor.contracts import Gram
-from tersor.solvers import ErrorFeedback, Nearest
-from tersor.statistics.curves import draw_sample, encode_rows, measure
+from tersor.contracts import Codec, Gram
+from tersor.solvers import Encoder, ErrorFeedback, Nearest
+from tersor.statistics.curves import draw_sample, measure
 from tersor.statistics.sensitivity import Objective
+
+
+def plainly(weight: Tensor, codec: Codec) -> Tensor:
+    """What nearest rounding makes of a weight."""
+    return Encoder(Nearest())(weight, codec, None)[1]
 
 
 def problem(out: int, columns: int, seed: int, skew: float) -> tuple[Tensor, Objective]:
@@ -31,7 +36,7 @@ def test_the_estimate_of_a_sample_is_unbiased(skew: float, count: int) -> None:
     """Over many draws the mean is the value over all rows, within three standard errors and a hair."""
     weight, objective = problem(600, 16, 1, skew)
     codec = parse("int3:g16")
-    _, values = encode_rows(weight, codec, Nearest(), None)
+    values = plainly(weight, codec)
     # Rows that matter more have larger errors too: the case that unequal chances of being drawn get wrong.
     error = (weight - values) * (objective.rows / objective.rows.max())[:, None].pow(0.25)
     truth = float(objective.distortion(error).double().sum())
@@ -48,13 +53,12 @@ def test_the_estimate_of_a_sample_is_unbiased(skew: float, count: int) -> None:
 @given(seed=st.integers(0, 1000), bits=st.integers(2, 6), skew=st.sampled_from([0.0, 0.5, 1.0]))
 def test_measuring_a_sample_agrees_with_measuring_all_rows(seed: int, bits: int, skew: float) -> None:
     weight, objective = problem(300, 16, seed, skew)
-    solver = ErrorFeedback()
-    prepared = solver.prepare(objective.gram)
+    encoder = Encoder(ErrorFeedback())
     codecs = [parse(f"int{bits}:g16"), parse(f"int{bits}:row")]
     everything = draw_sample(weight, objective, count=300, seed=seed)
     sample = draw_sample(weight, objective, count=80, seed=seed)
-    whole = measure(everything, objective, codecs, solver, prepared)
-    part = measure(sample, objective, codecs, solver, prepared)
+    whole = measure(everything, objective, codecs, lambda rows, codec: encoder(rows, codec, objective.gram)[1])
+    part = measure(sample, objective, codecs, lambda rows, codec: encoder(rows, codec, objective.gram)[1])
     for exact, estimate in zip(whole, part, strict=True):
         assert 0.6 * exact < estimate < 1.6 * exact
 
@@ -65,9 +69,9 @@ def test_all_rows_give_the_exact_value() -> None:
     assert torch.equal(sample.rows, torch.arange(40))
     assert torch.equal(sample.shares, torch.ones(40, dtype=torch.float64))
     codec = parse("int2:row")
-    _, values = encode_rows(weight, codec, Nearest(), None)
+    values = plainly(weight, codec)
     exact = float(objective.distortion(weight - values).double().sum())
-    assert math.isclose(measure(sample, objective, [codec], Nearest(), None)[0], exact, rel_tol=1e-6)
+    assert math.isclose(measure(sample, objective, [codec], plainly)[0], exact, rel_tol=1e-6)
 
 
 def test_the_energy_of_the_weight_itself_is_estimated_exactly() -> None:
@@ -101,11 +105,11 @@ def test_the_same_seed_draws_the_same_rows() -> None:
 def test_a_layer_of_zeros_costs_nothing() -> None:
     objective = Objective(torch.ones(50), Gram(torch.eye(8), 4))
     sample = draw_sample(torch.zeros(50, 8), objective, count=10, seed=0)
-    assert measure(sample, objective, [parse("int4:row")], Nearest(), None)[0] < 1e-12
+    assert measure(sample, objective, [parse("int4:row")], plainly)[0] < 1e-12
 
 
 def test_kept_floats_need_no_solver() -> None:
     weight, objective = problem(30, 8, 7, 0.0)
     sample = draw_sample(weight, objective, count=30, seed=0)
-    coarse, fine = measure(sample, objective, [parse("int2:row"), parse("bf16")], Nearest(), None)
+    coarse, fine = measure(sample, objective, [parse("int2:row"), parse("bf16")], plainly)
     assert 0 < fine < 0.01 * coarse

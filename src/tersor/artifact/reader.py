@@ -77,7 +77,7 @@ class Artifact:
         tensors = self.tensors(layer)
         if rows is None:
             return codec.decode(tensors, self.shapes[layer])
-        return codec.decode_rows(tensors, self.shapes[layer][1], rows)
+        return codec.decode_rows(tensors, self.shapes[layer], rows)
 
     def kept(self, name: str) -> Tensor:
         """A tensor that was stored as it is, memory-mapped. Raises ``BadInput`` for an unknown name."""

@@ -5,6 +5,6 @@ from tersor.codecs.integer import Integer
 from tersor.codecs.lookup import LookupTable
 from tersor.codecs.rows import RowStretches
 from tersor.codecs.small_float import SmallFloat
-from tersor.codecs.text import parse
+from tersor.codecs.text import parse, split
 
-__all__ = ["Dense", "Integer", "LookupTable", "RowStretches", "SmallFloat", "parse"]
+__all__ = ["Dense", "Integer", "LookupTable", "RowStretches", "SmallFloat", "parse", "split"]

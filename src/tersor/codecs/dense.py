@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tersor.codecs.text import Words, reads
 from tersor.contracts import DirectCodec, Gram, Part, Shape
 from tersor.errors import BadInput
 
@@ -37,3 +38,10 @@ class Dense(DirectCodec):
 
     def decode(self, tensors: Mapping[str, Tensor], shape: Shape) -> Tensor:
         return tensors["weight"].to(torch.float32)
+
+
+@reads(r"bf16|fp16", form="bf16, fp16", heads=("bf16", "fp16"))
+def _read(words: Words) -> Dense:
+    if words.options:
+        raise words.refuse(f"kept weights have no options; write {words.head[0]}.")
+    return Dense(words.head[0])

@@ -17,6 +17,7 @@ from torch import Tensor
 from tersor import kernels
 from tersor.codecs.grouped import GroupedScalar
 from tersor.codecs.packing import pack, packed_width, unpack
+from tersor.codecs.text import Words, grouping, reads
 from tersor.contracts import Encoded, Part, ScalarGrid, Shape, Side
 from tersor.errors import BadInput
 
@@ -83,3 +84,15 @@ class Integer(GroupedScalar):
             return encoded
         zero = unpack(tensors["zero"], self.bits_per_code, self.groups(shape[1])).to(torch.float32)
         return Encoded(encoded.codes, {**encoded.side, "zero": zero})
+
+
+_FORM = "int{1-8}:{g<n>|row}[:asym][:bf16|:s8]"
+
+
+@reads(r"int(\d{1,2})", form=_FORM, heads=tuple(f"int{bits}" for bits in range(1, 9)))
+def _read(words: Words) -> Integer:
+    group, scales, rest = grouping(words, _FORM)
+    asymmetric = rest == ["asym"]
+    if rest and not asymmetric:
+        raise words.refuse(f"unknown option {rest[0]!r}; write {_FORM}.")
+    return Integer(int(words.head[1]), group, scales, asymmetric)

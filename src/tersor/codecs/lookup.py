@@ -15,6 +15,7 @@ from torch import Tensor
 from tersor import kernels
 from tersor.codecs.packing import pack, packed_width, unpack
 from tersor.codecs.refit import least_squares, quadratic
+from tersor.codecs.text import Words, reads
 from tersor.contracts import Encoded, LeafCodec, Part, ScalarGrid, Shape, Side
 from tersor.errors import BadInput
 
@@ -119,3 +120,10 @@ def weighted_kmeans(weight: Tensor, importance: Tensor | None, levels: int) -> T
         centroids = torch.where(amount > 0, moment / amount.clamp(min=1e-300), centroids)
         centroids = centroids.sort(dim=1).values
     return centroids.to(torch.float32)
+
+
+@reads(r"lut(\d{1,2})", form="lut{2-4}:row", heads=("lut2", "lut3", "lut4"))
+def _read(words: Words) -> LookupTable:
+    if words.options != ("row",):
+        raise words.refuse(f"lookup tables are per row, written lut{words.head[1]}:row.")
+    return LookupTable(int(words.head[1]))

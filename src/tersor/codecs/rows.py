@@ -12,12 +12,14 @@ True
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from tersor.codecs.text import Words, parse, reads
 from tersor.contracts import Codec, Part, Shape, Stretch
 from tersor.errors import BadInput, ShapeMismatch
 
@@ -60,7 +62,7 @@ class RowStretches(Codec):
 
     def parts(self, shape: Shape) -> tuple[Part, ...]:
         return tuple(
-            Part(stretch.prefix + part.name, part.dtype, part.shape)
+            replace(part, name=stretch.prefix + part.name)
             for stretch in self.stretches(shape[0])
             for part in stretch.codec.parts((stretch.stop - stretch.start, shape[1]))
         )
@@ -73,7 +75,8 @@ class RowStretches(Codec):
             ]
         )
 
-    def decode_rows(self, tensors: Mapping[str, Tensor], in_features: int, rows: slice | Tensor) -> Tensor:
+    def decode_rows(self, tensors: Mapping[str, Tensor], shape: Shape, rows: slice | Tensor) -> Tensor:
+        in_features = shape[1]
         stretches = self.stretches(self.stops[-1])
         device = next(iter(tensors.values())).device
         if isinstance(rows, slice):
@@ -82,7 +85,7 @@ class RowStretches(Codec):
                 pieces = [
                     stretch.codec.decode_rows(
                         _own(tensors, stretch),
-                        in_features,
+                        (stretch.stop - stretch.start, in_features),
                         slice(max(first, stretch.start) - stretch.start, min(end, stretch.stop) - stretch.start),
                     )
                     for stretch in stretches
@@ -96,7 +99,9 @@ class RowStretches(Codec):
             mine = ((rows >= stretch.start) & (rows < stretch.stop)).nonzero()[:, 0]
             if len(mine):
                 picks = rows[mine] - stretch.start
-                result[mine] = stretch.codec.decode_rows(_own(tensors, stretch), in_features, picks)
+                result[mine] = stretch.codec.decode_rows(
+                    _own(tensors, stretch), (stretch.stop - stretch.start, in_features), picks
+                )
                 found += len(mine)
         if found < len(rows):
             raise IndexError(f"row numbers must lie from 0 to {self.stops[-1] - 1}, and {len(rows) - found} do not")
@@ -107,3 +112,13 @@ def _own(tensors: Mapping[str, Tensor], stretch: Stretch) -> dict[str, Tensor]:
     """A stretch's tensors, under the names its codec knows."""
     prefix = stretch.prefix
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+@reads("rows", form="rows(<stop>:<codec>,…)", heads=("rows",))
+def _read(words: Words) -> RowStretches:
+    pairs = [piece.split(":", 1) for piece in words.arguments]
+    if not pairs or words.options or any(len(pair) != 2 or not re.fullmatch(r"\d{1,9}", pair[0]) for pair in pairs):
+        raise words.refuse("write rows(<stop>:<codec>,…), such as rows(100:int4:g64,900:int2:g64).")
+    if any(codec.lstrip().startswith("rows(") for _, codec in pairs):
+        raise BadInput(f"Codec {words.text!r:.200} nests rows(...) in rows(...); write its stretches side by side.")
+    return RowStretches(tuple(int(stop) for stop, _ in pairs), tuple(parse(codec) for _, codec in pairs))

@@ -9,6 +9,7 @@ Sign, exponent, mantissa from the highest bit down; subnormals as in IEEE 754; b
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from tersor import kernels
 from tersor.codecs.grouped import GroupedScalar
+from tersor.codecs.text import Words, grouping, reads
 from tersor.contracts import ScalarGrid, Side
 from tersor.errors import BadInput
 
@@ -83,3 +85,19 @@ class SmallFloat(GroupedScalar):
         positions = torch.zeros(2**self.bits_per_code, dtype=torch.int32)
         positions[stored.long()] = torch.arange(len(stored), dtype=torch.int32)
         return positions[codes.long()]
+
+
+_FORM = "fp{4,6,8}:e<E>m<M>:{g<n>|row}[:bf16|:s8]"
+
+
+@reads(r"fp(?!16$)(\d{1,2})", form=_FORM, heads=("fp4", "fp6", "fp8"))
+def _read(words: Words) -> SmallFloat:
+    bits = int(words.head[1])
+    group, scales, rest = grouping(words, _FORM)
+    layout = re.fullmatch(r"e(\d)m(\d)", rest[0]) if len(rest) == 1 else None
+    if not layout:
+        raise words.refuse(f"say exponent and mantissa bits once; write {_FORM}.")
+    codec = SmallFloat(bits, group, scales, int(layout[1]))
+    if codec.mantissa != int(layout[2]):
+        raise words.refuse(f"1 + {layout[1]} + {layout[2]} bits are not {bits}.")
+    return codec

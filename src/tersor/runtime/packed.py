@@ -71,7 +71,7 @@ class Packed(nn.Module):
     def decode(self, rows: slice | Tensor) -> Tensor:
         """The chosen rows of the weight, ``(n, in)`` float32."""
         tensors = {name: self.part(name) for name in self.part_names}
-        return self.codec.decode_rows(tensors, self.stored_shape[1], rows)
+        return self.codec.decode_rows(tensors, self.stored_shape, rows)
 
     @torch.no_grad()
     def dense(self, start: int = 0, stop: int | None = None, *, dtype: torch.dtype | None = None) -> Tensor:

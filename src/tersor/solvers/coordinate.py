@@ -39,8 +39,8 @@ class CoordinateDescent(Solver):
     start: ErrorFeedback = field(default_factory=ErrorFeedback)
     block: int = 128
 
-    def prepare(self, gram: Gram | None) -> CoordinateFactor:
-        start = self.start.prepare(gram)
+    def prepare(self, gram: Gram | None, span: int = 1) -> CoordinateFactor:
+        start = self.start.prepare(gram, span)
         diagonal = start.gram.diagonal()
         return CoordinateFactor(start, diagonal + (1e-6 * diagonal.mean() + 1e-30))
 

@@ -29,7 +29,8 @@ _STRETCH = 256
 class FeedbackFactor:
     """What error feedback needs of a Gram matrix, all float32, columns in the order of rounding.
 
-    ``mixing (in, in)``: ``−R_jk / R_kk`` above the diagonal, 0 elsewhere. ``pivots (in,)``: ``R_jj²``.
+    ``mixing (in, in)``: ``−R_jk / R_kk`` above the diagonal, 0 elsewhere; with spans of several columns ``J``,
+    ``−R_·J R_JJ⁻¹`` above the diagonal blocks. ``pivots (in,)``: ``R_jj²``.
     ``order (in,)``: column numbers. ``gram (in, in)``: ``H`` in the layer's own order. ``damping``: what was added to
     the diagonal, as a fraction of its mean. ``natural``: the order is left to right.
     """
@@ -42,8 +43,8 @@ class FeedbackFactor:
     natural: bool
 
 
-def factor(gram: Tensor, *, damping: float, order: Tensor, natural: bool) -> FeedbackFactor:
-    """Factor ``gram (in, in)`` for rounding in ``order``.
+def factor(gram: Tensor, *, damping: float, order: Tensor, natural: bool, span: int = 1) -> FeedbackFactor:
+    """Factor ``gram (in, in)`` for rounding in ``order``, ``span`` columns at a time.
 
     The factorization is done in float64: Gram matrices of real layers have condition numbers around 1e6 to 1e8 even
     when damped, beyond what float32 can factor. Damping is raised tenfold, with a warning, while it fails; above
@@ -75,7 +76,9 @@ def factor(gram: Tensor, *, damping: float, order: Tensor, natural: bool) -> Fee
     for start in range(0, count, _STRETCH):
         stop = min(start + _STRETCH, count)
         upper = lower[count - stop : count - start].flip(0).flip(1)
-        mixing[start:stop] = torch.triu(-upper / pivots[None, :], 1 + start)
+        mixing[start:stop] = torch.triu(-upper / pivots[None, :], 1 + start) if span == 1 else upper
+    if span > 1:
+        _mix_spans(mixing, span)
     return FeedbackFactor(mixing, (pivots * pivots).float(), order, gram, used, natural)
 
 
@@ -112,12 +115,17 @@ class ErrorFeedback(Solver):
     block: int = 128
     refit: bool = True
 
-    def prepare(self, gram: Gram | None) -> FeedbackFactor:
+    def prepare(self, gram: Gram | None, span: int = 1) -> FeedbackFactor:
         assert gram is not None
         matrix = gram.matrix
         natural = self.order == "natural"
-        order = torch.arange(len(matrix)) if natural else torch.argsort(matrix.diagonal(), descending=True, stable=True)
-        return factor(matrix, damping=self.damping, order=order, natural=natural)
+        if natural:
+            order = torch.arange(len(matrix))
+        else:
+            energy = matrix.diagonal().reshape(-1, span).sum(1)
+            spans = torch.argsort(energy, descending=True, stable=True)
+            order = (spans[:, None] * span + torch.arange(span)).flatten()
+        return factor(matrix, damping=self.damping, order=order, natural=natural, span=span)
 
     def solve(self, weight: Tensor, codec: LeafCodec, prepared: FeedbackFactor) -> Encoded:
         columns = weight.shape[1]
@@ -147,6 +155,15 @@ class ErrorFeedback(Solver):
             target[:, here.stop :] += (values - reference[:, here]) @ prepared.mixing[here, here.stop :]
         encoded = Encoded(_restore(codes, prepared.order, codec.span), side)
         return Encoded(encoded.codes, codec.refit(weight, encoded, prepared.gram)) if self.refit else encoded
+
+
+def _mix_spans(upper: Tensor, span: int) -> None:
+    """Turn ``R (in, in)``, in place, into ``−R_·J R_JJ⁻¹`` above its diagonal blocks of ``span`` columns, else 0."""
+    for start in range(0, len(upper), span):
+        here = slice(start, start + span)
+        own = upper[here, here].double()
+        upper[:start, here] = -torch.linalg.solve_triangular(own, upper[:start, here].double(), upper=True, left=False)
+        upper[start:, here] = 0.0
 
 
 def _whole_spans(block: int, span: int) -> int:

@@ -20,9 +20,6 @@ from tersor.stages.work import Work
 Progress = Callable[[str, int, int], None]
 """Called with the stage's name, units done and units in all."""
 
-ROW_CHUNK = 512
-"""Rows encoded as one unit of work. Fixed, so that bytes do not depend on the number of workers."""
-
 
 def silent(stage: str, done: int, total: int) -> None:
     """Progress for whoever does not want any."""

@@ -13,15 +13,16 @@ from torch import Tensor
 from tersor.codecs import parse
 from tersor.contracts import Codec, Gram, Layer, RatePoint
 from tersor.errors import ShapeMismatch
+from tersor.parallel import in_order
 from tersor.runtime.stream import BlockStream
-from tersor.solvers import Nearest
+from tersor.solvers import Encoder, Nearest
 from tersor.stages.context import Context, Record, block_weights, oriented, parsed
 from tersor.stages.memory import give_back
 from tersor.stages.options import default_candidates, usable
 from tersor.stages.sensitivity import advance, backward_from, head_parameter, load_moments
 from tersor.stages.stretches import Measured, combine, stretch_stops
 from tersor.stages.work import Hidden
-from tersor.statistics.collect import Grams, OutputMoments, collect_grams, collect_guided_grams, in_order
+from tersor.statistics.collect import Grams, OutputMoments, collect_grams, collect_guided_grams
 from tersor.statistics.curves import draw_sample, measure
 from tersor.statistics.sensitivity import Objective, embedding_gram, embedding_objective, linear_objective
 
@@ -36,7 +37,8 @@ MINIMUM_EXPERT_TOKENS = 256
 class Statistics:
     """Gram matrices of the calibration text and of its held-out part, for the layers of one block.
 
-    ``guided``: by layer, the text of the backward pass weighted by its gradients, where there are any.
+    ``guided``: by layer, the text of the backward pass weighted by its gradients, where there are any; the held-out
+    part has only the other layers.
     """
 
     fit: Grams
@@ -99,10 +101,12 @@ def _measure_block(
     """Statistics and points of one block; its matrices go when this returns."""
     weights = block_weights(context, module, block)
     fit_chunks = stores[block].chunks - held_out
-    statistics = _block_statistics(context, stream, module, block, weights, stores, fit_chunks)
     moments = load_moments(context, block) if context.options.sensitivity == "fisher" else None
+    guided = frozenset(moments.energies if moments is not None else ())
+    statistics = _block_statistics(context, stream, module, block, weights, stores, fit_chunks, guided=guided)
     if moments is not None:
         statistics.guided.update(_guided(context, stream, module, block, weights, stores[block], moments))
+    give_back()
     return _measure_layers(context, weights, statistics, moments)
 
 
@@ -114,7 +118,10 @@ def _block_statistics(
     weights: dict[Layer, Tensor],
     stores: list[Hidden],
     fit_chunks: int,
+    *,
+    guided: frozenset[str],
 ) -> Statistics:
+    """Gram matrices of all layers; of the held-out text only for those that no ``guided`` one will judge."""
     before, after = stores[block], stores[block + 1]
     chunks = before.chunks
 
@@ -125,7 +132,7 @@ def _block_statistics(
     held = collect_grams(
         lambda chunk: forward(chunk + fit_chunks),
         chunks - fit_chunks,
-        weights,
+        {layer: weight for layer, weight in weights.items() if layer.name not in guided},
         workers=context.workers,
         keep=lambda chunk, output: after.write(chunk + fit_chunks, output),
     )
@@ -168,13 +175,12 @@ def _measure_layers(
         fit, held = statistics.both(layers[0], copy)
         if fit is None or held is None:
             return []
-        solver = context.sampler()
-        prepared = solver.prepare(fit)
+        encoder = Encoder(context.sampler())
         results = []
         for layer in layers:
             weight = oriented(weights[layer], layer)[copy]
             objective = _objective(layer, copy, weight, statistics.guided.get(layer.name, held), moments)
-            results.append((layer.name, _points(context, layer, weight, objective, solver, prepared, copy)))
+            results.append((layer.name, _points(context, layer, weight, objective, encoder, fit, copy)))
         return results
 
     found: dict[str, list[Record]] = {}
@@ -209,7 +215,7 @@ def flat_objective(layer: Layer, weight: Tensor, gram: Gram) -> Objective:
 
 
 def _points(
-    context: Context, layer: Layer, weight: Tensor, objective: Objective, solver: Any, prepared: Any, copy: int
+    context: Context, layer: Layer, weight: Tensor, objective: Objective, encoder: Encoder, fit: Gram | None, copy: int
 ) -> Record:
     """Measured points of one matrix, and how calibrated codes compare with uncalibrated ones on held-out text."""
     outside = layer.block is None
@@ -218,21 +224,28 @@ def _points(
     codecs = [candidates[text] for text in candidates]
     middle = _middle(candidates, layer)
     mixing = outside and context.options.candidates is None
+    all_sampled = all(codec.sampled for codec in codecs)
+    uncalibrated = Encoder(Nearest())
     measured, plain = [], 0.0
     start = 0
     for stop in stretch_stops(layer.shape[0]) if mixing else (layer.shape[0],):
         part = objective.stretch(start, stop)
         count = EMBEDDING_ROWS if outside else SAMPLE_ROWS
         sample = draw_sample(weight[start:stop], part, count=count, seed=seed + start)
-        measured.append(Measured(start, stop, measure(sample, part, codecs, solver, prepared)))
-        plain += measure(sample, part, [candidates[middle]], Nearest(), None)[0]
+        whole = draw_sample(weight[start:stop], part, count=stop - start, seed=seed) if not all_sampled else sample
+        losses = [
+            measure(sample if codec.sampled else whole, part, [codec], lambda rows, codec: encoder(rows, codec, fit)[1])
+            for codec in codecs
+        ]
+        measured.append(Measured(start, stop, [loss for found in losses for loss in found]))
+        plain += measure(sample, part, [candidates[middle]], lambda rows, codec: uncalibrated(rows, codec, None)[1])[0]
         start = stop
     calibrated = sum(stretch.losses[list(candidates).index(middle)] for stretch in measured)
     return {
         "points": combine(layer.stored_shape, codecs, measured),
         "calibrated": calibrated,
         "uncalibrated": plain,
-        "damping": float(getattr(getattr(prepared, "start", prepared), "damping", 0.0)),
+        "damping": encoder.damping,
         "copy": copy,
     }
 
@@ -241,7 +254,7 @@ def layer_candidates(context: Context, layer: Layer) -> dict[str, Codec]:
     """Codecs to choose from for a layer, by text. Raises ShapeMismatch when none of those asked for can take it."""
     texts = context.options.candidates or default_candidates(layer.shape[1])
     codecs = parsed(texts)
-    fitting = usable(codecs, layer.stored_shape)
+    fitting = usable(codecs, layer)
     if not fitting:
         raise ShapeMismatch(
             f"None of the candidates {', '.join(texts)} can take {layer.name} with {layer.shape[1]} inputs; add one "
@@ -287,7 +300,7 @@ def _merge_copies(
         energy = Gram(torch.eye(layer.shape[1]), 0)
         matrix = oriented(weight, layer)[0]
         objective = flat_objective(layer, matrix, energy)
-        found = [_points(context, layer, matrix, objective, Nearest(), None, 0)]
+        found = [_points(context, layer, matrix, objective, Encoder(Nearest()), None, 0)]
         notes.append(f"No calibration token reached {layer.name}; it is rounded to nearest.")
     scale = layer.copies / len(found)
     if context.options.sensitivity == "fisher" and sum(counts) > 0:
@@ -335,11 +348,11 @@ def _measure_outside(context: Context, stream: BlockStream, hidden: Hidden, ids:
         )
     record = {}
     for layer in layers.values() if points else ():
-        solver = context.sampler()
+        encoder = Encoder(context.sampler())
         weight = context.weight(layer)[0]
         fit_gram, objective = outside_objectives(context, layer, weight)
         record[layer.name] = {
-            **_points(context, layer, weight, objective, solver, solver.prepare(fit_gram), 0),
+            **_points(context, layer, weight, objective, encoder, fit_gram, 0),
             "notes": [],
         }
     context.work.save("curves/outside.json", record)

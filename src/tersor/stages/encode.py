@@ -12,27 +12,26 @@ import torch
 from torch import Tensor, nn
 
 from tersor.artifact import ArtifactWriter
-from tersor.contracts import Codec, Gram, Layer, LeafCodec, Solver
-from tersor.errors import NotFinite, NotPositiveDefinite
+from tersor.contracts import Codec, DirectCodec, Gram, Layer, LeafCodec, Stretch
+from tersor.errors import NotFinite
+from tersor.parallel import in_order
 from tersor.runtime.stream import BlockStream
-from tersor.solvers import Nearest
-from tersor.stages.context import ROW_CHUNK, Context, block_weights, oriented
+from tersor.solvers import ROW_CHUNK, Encoder, chunk_of
+from tersor.stages.context import Context, block_weights, oriented
 from tersor.stages.curves import outside_objectives
 from tersor.stages.memory import give_back
 from tersor.stages.sensitivity import advance
 from tersor.stages.work import Hidden
-from tersor.statistics.collect import Grams, collect_grams, in_order
-from tersor.statistics.curves import encode_rows
+from tersor.statistics.collect import Grams, collect_grams
 
 STAGE = "encode"
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A solver ready for one Gram matrix. ``note``: what went another way than asked, or empty."""
+class Ready:
+    """An encoder, and the Gram matrix to encode a layer's rows with. ``note``: why there is none, or empty."""
 
-    solver: Solver
-    factor: Any
+    encoder: Encoder
     gram: Gram | None
     note: str = ""
 
@@ -154,13 +153,13 @@ def _replace_weights(
 
 def _written_weight(context: Context, layer: Layer, codec: Codec, writer: ArtifactWriter) -> Tensor:
     """A layer's weight as the artifact now holds it, in the parameter's own shape and the run's dtype."""
-    rows, columns = layer.stored_shape
+    rows = layer.stored_shape[0]
     stored = writer.read([f"{layer.name}.{part.name}" for part in codec.parts(layer.stored_shape)])
     parts = {name.rsplit(".", 1)[1]: tensor for name, tensor in stored.items()}
 
     def work(index: int) -> Tensor:
         here = slice(index * ROW_CHUNK, min((index + 1) * ROW_CHUNK, rows))
-        return codec.decode_rows(parts, columns, here).to(context.dtype)
+        return codec.decode_rows(parts, layer.stored_shape, here).to(context.dtype)
 
     weight = torch.cat(list(in_order(work, -(-rows // ROW_CHUNK), context.workers)))
     if layer.copies > 1:
@@ -168,14 +167,9 @@ def _written_weight(context: Context, layer: Layer, codec: Codec, writer: Artifa
     return weight.transpose(-1, -2).contiguous() if layer.transposed else weight
 
 
-def _prepare(context: Context, gram: Gram | None, name: str) -> Prepared:
-    solver = context.solver()
-    if gram is None:
-        return Prepared(Nearest(), None, None, f"No calibration token reached {name}: rounded to nearest.")
-    try:
-        return Prepared(solver, solver.prepare(gram), gram)
-    except NotPositiveDefinite as error:
-        return Prepared(Nearest(), gram, gram, f"{name}: {error} It was rounded to nearest instead.")
+def _ready(context: Context, gram: Gram | None, name: str) -> Ready:
+    note = f"No calibration token reached {name}: rounded to nearest." if gram is None else ""
+    return Ready(Encoder(context.solver(), workers=context.workers), gram, note)
 
 
 def _encode_layers(
@@ -186,14 +180,15 @@ def _encode_layers(
     writer: ArtifactWriter,
 ) -> None:
     """Encode a block's open layers; those that read the same input come one after the other and share a factor."""
-    ready: dict[tuple[str, int], Prepared] = {}
+    give_back()
+    ready: dict[tuple[str, int], Ready] = {}
     for layer in sorted(weights, key=lambda layer: layer.inputs):
         ready = {key: value for key, value in ready.items() if key[0] == layer.inputs}
         source = _source_weight(context, layer, weights[layer])
         keys = [(layer.inputs, copy) for copy in range(layer.copies)]
         for key in keys:
             if key not in ready:
-                ready[key] = _prepare(context, sums.gram(layer, key[1]), layer.name)
+                ready[key] = _ready(context, sums.gram(layer, key[1]), layer.name)
         encode_layer(context, layer, source, codecs[layer.name], [ready[key] for key in keys], writer)
 
 
@@ -208,51 +203,97 @@ def _source_weight(context: Context, layer: Layer, held: Tensor) -> Tensor:
 def _encode_outside(context: Context, layer: Layer, codec: Codec, writer: ArtifactWriter) -> None:
     weight = context.weight(layer)
     gram = outside_objectives(context, layer, weight[0])[0]
-    encode_layer(context, layer, weight, codec, [_prepare(context, gram, layer.name)], writer)
+    encode_layer(context, layer, weight, codec, [_ready(context, gram, layer.name)], writer)
 
 
 def encode_layer(
-    context: Context, layer: Layer, weight: Tensor, codec: Codec, prepared: list[Prepared], writer: ArtifactWriter
+    context: Context, layer: Layer, weight: Tensor, codec: Codec, ready: list[Ready], writer: ArtifactWriter
 ) -> None:
-    """Encode ``weight (copies, out, in)`` and write it, with what was measured on the way as the unit's record.
-
-    Rows are taken in chunks of fixed size, each an independent piece of work.
-    """
+    """Encode ``weight (copies, out, in)`` and write it, with what was measured on the way as the unit's record."""
     if not torch.isfinite(weight).all():
         raise NotFinite(f"The weights of {layer.name} have NaN or Inf; the source model is damaged.")
-    out = layer.shape[0]
     parts = {part.name: torch.empty(part.shape, dtype=part.dtype) for part in codec.parts(layer.stored_shape)}
-    pieces = [
-        (stretch, start, min(start + ROW_CHUNK, stop))
-        for stretch in codec.stretches(layer.stored_shape[0])
-        for first, stop in _within_copies(stretch.start, stretch.stop, out)
-        for start in range(first, stop, ROW_CHUNK)
-    ]
     flat = weight.reshape(layer.stored_shape)
-
-    def work(index: int) -> tuple[dict[str, Tensor], list[float]]:
-        stretch, start, stop = pieces[index]
-        ready = prepared[start // out]
-        tile = flat[start:stop].float().contiguous()
-        leaf = isinstance(stretch.codec, LeafCodec)
-        tensors, values = encode_rows(
-            tile, stretch.codec, ready.solver if leaf else Nearest(), ready.factor if leaf else None
-        )
-        return tensors, _errors(tile, values, ready.gram)
-
     totals = [0.0] * 4
-    for (stretch, start, stop), (tensors, errors) in zip(
-        pieces, in_order(work, len(pieces), context.workers), strict=True
-    ):
-        for name, tensor in tensors.items():
-            parts[stretch.prefix + name][start - stretch.start : stop - stretch.start] = tensor
+    for stretch in codec.stretches(layer.stored_shape[0]):
+        own = {
+            name.removeprefix(stretch.prefix): tensor
+            for name, tensor in parts.items()
+            if name.startswith(stretch.prefix)
+        }
+        by_rows = isinstance(stretch.codec, LeafCodec | DirectCodec)
+        if by_rows:
+            errors = _encode_by_rows(context, layer, flat, stretch, ready, own)
+        else:
+            errors = _encode_whole(flat[stretch.start : stretch.stop], stretch.codec, ready, own)
         totals = [total + error for total, error in zip(totals, errors, strict=True)]
+    notes = {one.note for one in ready if one.note}
+    notes |= {f"{layer.name}: {note}" for one in ready for note in one.encoder.notes}
     record = {
         "relative_error": math.sqrt(totals[0] / totals[1]) if totals[1] > 0 else 0.0,
         "output_error": totals[2] / totals[3] if totals[3] > 0 else None,
-        "notes": sorted({ready.note for ready in prepared if ready.note}),
+        "notes": sorted(notes),
     }
     writer.write(layer.name, {f"{layer.name}.{name}": tensor for name, tensor in parts.items()}, record=record)
+
+
+def _encode_by_rows(
+    context: Context, layer: Layer, flat: Tensor, stretch: Stretch, ready: list[Ready], parts: dict[str, Tensor]
+) -> list[float]:
+    """Fill ``parts`` of one stretch in chunks of rows of fixed size, each an independent piece of work."""
+    out = layer.shape[0]
+    rows = stretch.stop - stretch.start
+    shape = (rows, layer.shape[1])
+    shared = {part.name for part in stretch.codec.parts(shape) if part.shared}
+    codec = stretch.codec
+    if isinstance(codec, LeafCodec):
+        codec = codec.learn(flat[stretch.start : stretch.stop], _mean_gram(ready))
+    step, tile = chunk_of(stretch.codec, rows), stretch.codec.tile(rows)
+    pieces = [
+        (start, min(start + step, stop))
+        for first, stop in _within_copies(stretch.start, stretch.stop, out)
+        for start in range(first, stop, step)
+    ]
+
+    def work(index: int) -> tuple[dict[str, Tensor], list[float]]:
+        start, stop = pieces[index]
+        one = ready[start // out]
+        weight = flat[start:stop].float().contiguous()
+        tensors, values = one.encoder.rows(weight, codec, one.gram)
+        return tensors, _errors(weight, values, one.gram)
+
+    totals = [0.0] * 4
+    for (start, _), (tensors, errors) in zip(pieces, in_order(work, len(pieces), context.workers), strict=True):
+        for name, tensor in tensors.items():
+            if name in shared:
+                parts[name].copy_(tensor)
+            else:
+                first = (start - stretch.start) // (1 if len(parts[name]) == rows else tile)
+                parts[name][first : first + len(tensor)] = tensor
+        totals = [total + error for total, error in zip(totals, errors, strict=True)]
+    return totals
+
+
+def _encode_whole(rows: Tensor, codec: Codec, ready: list[Ready], parts: dict[str, Tensor]) -> list[float]:
+    """Fill ``parts`` of a stretch whose codec takes all its ``rows`` at once; copies share their mean Gram matrix."""
+    weight = rows.float().contiguous()
+    gram = _mean_gram(ready)
+    tensors, values = ready[0].encoder(weight, codec, gram)
+    for name, tensor in tensors.items():
+        parts[name].copy_(tensor)
+    return _errors(weight, values, gram)
+
+
+def _mean_gram(ready: list[Ready]) -> Gram | None:
+    """One Gram matrix for all copies of a layer, each counting by its tokens."""
+    grams = [one.gram for one in ready if one.gram is not None]
+    if len(grams) < 2:
+        return grams[0] if grams else None
+    tokens = sum(gram.tokens for gram in grams)
+    matrix = torch.zeros_like(grams[0].matrix)
+    for gram in grams:
+        matrix += gram.matrix * (gram.tokens / max(tokens, 1))
+    return Gram(matrix, tokens)
 
 
 def _within_copies(start: int, stop: int, out: int) -> list[tuple[int, int]]:

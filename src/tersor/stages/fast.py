@@ -6,11 +6,11 @@ import torch
 
 from tersor.contracts import Gram
 from tersor.errors import NotFinite
-from tersor.solvers import Nearest
+from tersor.parallel import in_order
+from tersor.solvers import Encoder, Nearest
 from tersor.stages.context import Context, Record
 from tersor.stages.curves import SAMPLE_ROWS, flat_objective, layer_candidates
 from tersor.stages.weights import is_finite
-from tersor.statistics.collect import in_order
 from tersor.statistics.curves import draw_sample, measure
 
 
@@ -32,7 +32,8 @@ def fast_curves(context: Context) -> dict[str, Record]:
         sample = draw_sample(part, objective, count=SAMPLE_ROWS, seed=context.options.seed)
         candidates = layer_candidates(context, layer)
         scale = layer.parameters / part.numel()
-        found = measure(sample, objective, list(candidates.values()), Nearest(), None)
+        encoder = Encoder(Nearest())
+        found = measure(sample, objective, list(candidates.values()), lambda rows, codec: encoder(rows, codec, None)[1])
         return {"points": {text: scale * value for text, value in zip(candidates, found, strict=True)}, "notes": []}
 
     records = {}

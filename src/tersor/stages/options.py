@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from decimal import Decimal
 from typing import Any, Literal, get_args
 
-from tersor.contracts import Anatomy, Codec
+from tersor.contracts import Anatomy, Codec, Layer
 from tersor.errors import BadInput
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -168,6 +168,11 @@ def default_candidates(in_features: int) -> tuple[str, ...]:
     return (*texts, "bf16")
 
 
-def usable(codecs: dict[str, Codec], shape: tuple[int, int]) -> list[str]:
-    """The candidates that can take a shape."""
-    return [text for text, codec in codecs.items() if codec.accepts(shape)]
+def usable(codecs: dict[str, Codec], layer: Layer) -> list[str]:
+    """The candidates that can take a layer; no tile of rows may lie across two copies."""
+    return [
+        text
+        for text, codec in codecs.items()
+        if codec.accepts(layer.stored_shape)
+        and (layer.copies == 1 or layer.shape[0] % codec.tile(layer.stored_shape[0]) == 0)
+    ]

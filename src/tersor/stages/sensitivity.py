@@ -7,11 +7,12 @@ from torch import Tensor
 
 from tersor.contracts import Layer
 from tersor.errors import NotFinite, UnknownArchitecture
+from tersor.parallel import in_order
 from tersor.runtime.stream import BlockStream
 from tersor.stages.context import Context, block_weights
 from tersor.stages.memory import give_back
 from tersor.stages.work import Hidden
-from tersor.statistics.collect import OutputMoments, in_order
+from tersor.statistics.collect import OutputMoments
 from tersor.statistics.sensitivity import backward_block, backward_head, embedding_gradient, token_energies
 
 FISHER_SEQUENCES = 16

@@ -12,9 +12,10 @@ from tersor.artifact import Artifact
 from tersor.contracts import Anatomy, Layer, Quality
 from tersor.errors import VerificationFailed
 from tersor.evaluation.divergence import DivergenceAccumulator, compare_logits
+from tersor.parallel import in_order
 from tersor.runtime.stream import BlockStream
-from tersor.stages.context import ROW_CHUNK, Context, Progress
-from tersor.statistics.collect import in_order
+from tersor.solvers import ROW_CHUNK
+from tersor.stages.context import Context, Progress
 
 STAGE = "verify"
 HEAD_TOKENS = 256

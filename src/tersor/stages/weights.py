@@ -9,8 +9,8 @@ from torch import Tensor
 
 from tersor.anatomy.shards import map_tensor
 from tersor.errors import NotFinite
+from tersor.parallel import in_order
 from tersor.stages.context import Context
-from tersor.statistics.collect import in_order
 
 STAGE = "weights"
 _DONE = "weights.json"

@@ -10,7 +10,6 @@ each with its own watch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -21,9 +20,10 @@ from torch.overrides import TorchFunctionMode
 
 from tersor.contracts import Gram, Layer
 from tersor.errors import NotFinite
+from tersor.parallel import in_order
 
-Result = TypeVar("Result")
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -123,25 +123,6 @@ def _multiplies(layer: Layer, inputs: Tensor, weight: Tensor) -> bool:
     if weight.shape[-2:] != (layer.shape[1], layer.shape[0]) or weight.stride(-1 if layer.transposed else -2) != 1:
         return False
     return weight.ndim == 2 or (weight.ndim == inputs.ndim == 3 and weight.shape[0] == inputs.shape[0] == layer.copies)
-
-
-def in_order(work: Callable[[int], Result], count: int, workers: int) -> Iterator[Result]:
-    """Results of ``work(0) … work(count − 1)`` in order, at most ``workers`` at a time and waiting.
-
-    Whatever the number of workers, each piece is computed alike and results are consumed in the same order: that is
-    what makes the bytes of an artifact independent of the machine's number of cores.
-    """
-    if workers <= 1:
-        for index in range(count):
-            yield work(index)
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        waiting = [pool.submit(work, index) for index in range(min(workers, count))]
-        for index in range(count):
-            result = waiting.pop(0).result()
-            if index + workers < count:
-                waiting.append(pool.submit(work, index + workers))
-            yield result
 
 
 def watched_runs(

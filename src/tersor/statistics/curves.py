@@ -6,14 +6,13 @@ that the sample is of the layer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from tersor.contracts import Codec, DirectCodec, LeafCodec, Solver
+from tersor.contracts import Codec
 from tersor.statistics.sensitivity import Objective
 
 _ROWS = 4096
@@ -65,24 +64,16 @@ def draw_sample(weight: Tensor, objective: Objective, *, count: int, seed: int) 
     return Sample(rows, weight[rows].float(), shares)
 
 
-def encode_rows(weight: Tensor, codec: Codec, solver: Solver, prepared: Any) -> tuple[dict[str, Tensor], Tensor]:
-    """Stored tensors and decoded values of some rows ``(n, in)``, with the given solver where the codec needs one."""
-    shape = (weight.shape[0], weight.shape[1])
-    if isinstance(codec, LeafCodec):
-        encoded = solver.solve(weight, codec, prepared)
-        return codec.pack(encoded, shape), codec.values(encoded, shape[1])
-    assert isinstance(codec, DirectCodec)
-    tensors = codec.encode(weight)
-    return tensors, codec.decode(tensors, shape)
-
-
 def measure(
-    sample: Sample, objective: Objective, candidates: Sequence[Codec], solver: Solver, prepared: Any
+    sample: Sample, objective: Objective, candidates: Sequence[Codec], encode: Callable[[Tensor, Codec], Tensor]
 ) -> list[float]:
-    """Distortion of the whole layer, estimated from the sample, for each candidate."""
+    """Distortion of the whole layer, estimated from the sample, for each candidate.
+
+    ``encode``: a weight ``(n, in)`` float32 to the values that its encoding in a codec stands for.
+    """
     distortions = []
     for codec in candidates:
-        _, values = encode_rows(sample.weight, codec, solver, prepared)
+        values = encode(sample.weight, codec)
         loss = objective.distortion(sample.weight - values, sample.rows).double()
         distortions.append(max(float((loss * sample.shares).sum()), 0.0))
     return distortions

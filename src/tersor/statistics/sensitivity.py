@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from tersor.contracts import Gram, Layer
-from tersor.statistics.collect import Lookup, OutputMoments, Watch, in_order
+from tersor.parallel import in_order
+from tersor.statistics.collect import Lookup, OutputMoments, Watch
 from tersor.statistics.sampling import draw
 
 _HEAD_TOKENS = 256
