@@ -221,7 +221,9 @@ def encode_layer(
             for name, tensor in parts.items()
             if name.startswith(stretch.prefix)
         }
-        by_rows = isinstance(stretch.codec, LeafCodec | DirectCodec)
+        shape = (stretch.stop - stretch.start, layer.shape[1])
+        direct = isinstance(stretch.codec, DirectCodec) and not any(part.shared for part in stretch.codec.parts(shape))
+        by_rows = direct or isinstance(stretch.codec, LeafCodec)
         if by_rows:
             errors = _encode_by_rows(context, layer, flat, stretch, ready, own)
         else:
