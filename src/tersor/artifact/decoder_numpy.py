@@ -1,23 +1,26 @@
 """Decode a tersor artifact with NumPy alone: no torch, no safetensors, nothing else of tersor.
 
-The reference decoder of ``SPEC.md``, written to be read. It runs by itself::
+The reference decoder of ``SPEC.md``, written to be read. With its neighbours ``decoder_numpy_*.py``, which it loads for
+the codecs that they are for, it runs by itself::
 
     python decoder_numpy.py FOLDER --list
     python decoder_numpy.py FOLDER LAYER -o weight.npy
 
-and gives the float32 weight ``(rows, in)`` bit for bit as the specification defines it. Sizes are checked before
-anything is allocated or indexed, so a damaged file ends in one sentence, not in a crash.
+and gives the float32 weight ``(rows, in)`` bit for bit as specified. Sizes are checked before anything is allocated or
+indexed, so a damaged file ends in one sentence, not in a crash.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import struct
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -25,9 +28,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+Parts = dict[str, tuple[str, tuple[int, ...]]]
 
 HEADER_LIMIT = 100_000_000
 JSON_LIMIT = 256_000_000
+NEIGHBOURS = ("decoder_numpy_composed",)
 TILE = 1 << 22
 """Weights decoded at a time; bounds the memory for intermediate values."""
 
@@ -55,6 +60,8 @@ class Codec:
     exponent: int = 0
     stretches: tuple[tuple[int, Codec], ...] = ()
     """Of kind ``rows``: the row before which each stretch ends, and its codec."""
+    text: str = ""
+    """Of kind ``other``: the whole text, for the neighbour that decodes it."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ def parse_codec(text: str) -> Codec:
     """The codec that a text such as ``int4:g64:asym:s8`` or ``rows(100:int4:g64,900:int2:g64)`` stands for."""
     if not text.startswith("rows("):
         return _parse_leaf(text)
-    pairs = [pair.partition(":") for pair in text[5:-1].split(",")]
+    pairs = [pair.partition(":") for pair in re.split(r",(?=[0-9]+:)", text[5:-1])]
     if text[-1] != ")" or not all(re.fullmatch(r"[0-9]{1,9}", stop) for stop, _, _ in pairs):
         raise DecodeError(f"codec '{text[:80]}' is not of the form rows(<stop>:<codec>,...)")
     stops = [int(stop) for stop, _, _ in pairs]
@@ -88,7 +95,8 @@ def _parse_leaf(text: str) -> Codec:
     head, *options = text.split(":")
     match = re.fullmatch(r"(int|fp|lut)(\d)", head)
     if match is None:
-        raise DecodeError(f"codec '{text}' is not known to this decoder")
+        _neighbour(text)
+        return Codec("other", 0, text=text)
     kind, bits = match[1], int(match[2])
     groups = [option for option in options if option == "row" or re.fullmatch(r"g[1-9]\d{0,5}", option)]
     scales = [option for option in options if option in ("bf16", "s8")]
@@ -110,8 +118,35 @@ def _parse_leaf(text: str) -> Codec:
     raise DecodeError(f"codec '{text}' is not known to this decoder")
 
 
-def parts_of(codec: Codec, rows: int, columns: int) -> dict[str, tuple[str, tuple[int, int]]]:
+def _neighbour(text: str) -> Any:
+    """The file beside this one that decodes a codec: ``HEAD``, ``parts`` and ``decode`` of its own."""
+    head = re.split(r"[:(]", text, maxsplit=1)[0]
+    for name in NEIGHBOURS:
+        module = import_module(f".{name}", __package__) if __package__ else import_module(name)
+        if re.fullmatch(module.HEAD, head):
+            return module
+    raise DecodeError(f"codec '{text[:80]}' is not known to this decoder")
+
+
+def _inner_decode(text: str, arrays: Mapping[str, Array], rows: int, columns: int) -> Array:
+    """The weight of a codec inside another, from its raw arrays."""
+    codec = parse_codec(text)
+    if codec.kind == "other":
+        weight: Array = _neighbour(text).decode(text, arrays, rows, columns, _inner_decode)
+        return weight
+    dtypes = {name: dtype for name, (dtype, _) in parts_of(codec, rows, columns).items()}
+    return decode_rows(codec, {name: (dtypes[name], array) for name, array in arrays.items()}, columns)
+
+
+def _inner_parts(text: str, rows: int, columns: int) -> Parts:
+    return parts_of(parse_codec(text), rows, columns)
+
+
+def parts_of(codec: Codec, rows: int, columns: int) -> Parts:
     """Part name to (dtype, shape): exactly the tensors stored for a weight ``(rows, columns)``."""
+    if codec.kind == "other":
+        found: Parts = _neighbour(codec.text).parts(codec.text, rows, columns, _inner_parts)
+        return found
     if codec.kind == "rows":
         return {
             prefix + name: part
@@ -120,7 +155,7 @@ def parts_of(codec: Codec, rows: int, columns: int) -> dict[str, tuple[str, tupl
         }
     if codec.kind in ("bf16", "fp16"):
         return {"weight": ("BF16" if codec.kind == "bf16" else "F16", (rows, columns))}
-    parts = {"codes": ("U8", (rows, packed_bytes(columns, codec.bits)))}
+    parts: Parts = {"codes": ("U8", (rows, packed_bytes(columns, codec.bits)))}
     if codec.kind == "lut":
         return {**parts, "table": ("F16", (rows, 2**codec.bits))}
     group = codec.group or columns
@@ -152,11 +187,7 @@ def packed_bytes(count: int, bits: int) -> int:
 
 
 def unpack(stream: Array, bits: int, count: int) -> Array:
-    """Little-endian bit streams ``(rows, bytes)`` to ``count`` codes a row: code j is bits ``j·bits ...`` of its row.
-
-    >>> unpack(np.array([[0b11_010_001, 0b0_10110_0]], np.uint8), 3, 5).tolist()
-    [[1, 2, 3, 6, 2]]
-    """
+    """Little-endian bit streams ``(rows, bytes)`` to ``count`` codes a row: code j is bits ``j·bits ...`` of its row."""
     first = np.arange(count) * bits
     wide = np.pad(stream, ((0, 0), (0, 1))).astype(np.uint16)  # a code touches at most two bytes
     two_bytes = wide[:, first // 8] | (wide[:, first // 8 + 1] << 8)
@@ -172,11 +203,7 @@ def to_float32(values: Array, dtype: str) -> Array:
 
 
 def float_table(bits: int, exponent: int) -> Array:
-    """The value of every code of a small float, ``(2^bits,)`` float32; NaN for codes that must not occur.
-
-    >>> float_table(4, 2)[:8].tolist()
-    [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
-    """
+    """The value of every code of a small float, ``(2^bits,)`` float32; NaN for codes that must not occur."""
     mantissa = bits - 1 - exponent
     bias = 2 ** (exponent - 1) - 1
     table = np.empty(2**bits, np.float32)
@@ -185,10 +212,8 @@ def float_table(bits: int, exponent: int) -> Array:
         field = (code >> mantissa) & (2**exponent - 1)
         fraction = (code & (2**mantissa - 1)) / 2**mantissa
         number = (fraction if field == 0 else 1.0 + fraction) * 2.0 ** (max(field, 1) - bias)
-        negative_zero = code == 2 ** (bits - 1)
-        e4m3_nan = (exponent, mantissa) == (4, 3) and code & 0x7F == 0x7F
-        e5m2_special = (exponent, mantissa) == (5, 2) and field == 31
-        table[code] = np.nan if negative_zero or e4m3_nan or e5m2_special else sign * number
+        special = {(4, 3): code & 0x7F == 0x7F, (5, 2): field == 31}.get((exponent, mantissa), False)
+        table[code] = np.nan if special or code == 2 ** (bits - 1) else sign * number
     return table
 
 
@@ -197,6 +222,10 @@ def decode_weight(codec: Codec, rows: int, columns: int, read: Callable[[str, in
     weight = np.empty((rows, columns), np.float32)
     for first, end, leaf, prefix in stretches_of(codec, rows):
         names = parts_of(leaf, end - first, columns)
+        if leaf.kind == "other":
+            whole = {name: read(prefix + name, 0, shape[0])[1] for name, (_, shape) in names.items()}
+            weight[first:end] = _inner_decode(leaf.text, whole, end - first, columns)
+            continue
         for start, stop in _tiles(end - first, columns):
             tile = {name: read(prefix + name, start, stop) for name in names}
             weight[first + start : first + stop] = decode_rows(leaf, tile, columns)
@@ -328,7 +357,7 @@ class Folder:
         """The float32 weight ``(rows, in)`` of a layer."""
         try:
             return self._decode(layer)
-        except DecodeError as error:
+        except ValueError as error:
             raise DecodeError(f"layer '{layer}': {error}") from error
 
     def _decode(self, layer: str) -> Array:
@@ -382,11 +411,10 @@ def _tiles(rows: int, columns: int) -> Iterator[tuple[int, int]]:
 
 
 def read_rows(stored: Stored, start: int, stop: int) -> Array:
-    """Rows ``start`` to ``stop`` of a stored two-dimensional tensor."""
-    width = stored.shape[1]
-    row_bytes = width * WIDTH[stored.dtype]
+    """Rows ``start`` to ``stop`` of a stored tensor: entries of its first axis."""
+    row_bytes = math.prod(stored.shape[1:]) * WIDTH[stored.dtype]
     raw = np.fromfile(stored.path, "u1", (stop - start) * row_bytes, offset=stored.start + start * row_bytes)
-    values: Array = raw.view(NUMPY[stored.dtype]).reshape(stop - start, width)
+    values: Array = raw.view(NUMPY[stored.dtype]).reshape(stop - start, *stored.shape[1:])
     return values
 
 
@@ -413,7 +441,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             np.save(options.out, folder.kept(options.layer))
         else:
             raise DecodeError(f"{options.folder} has no layer or tensor '{options.layer}'; see --list")
-    except (DecodeError, OSError) as error:
+    except (ValueError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return 2
     return 0

@@ -1,0 +1,146 @@
+"""NumPy decoding of codecs made of others (``rot``, ``sum``), and of ``sparse`` and ``lowrank``; see ``SPEC.md``.
+
+Sums are taken in a fixed order in float32, so that the result is the same bits everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Parts = dict[str, tuple[str, tuple[int, ...]]]
+
+HEAD = r"rot|sum|sparse\d{1,2}(\.\d{1,6})?|lowrank\d{1,5}"
+
+
+def split(text: str, separator: str) -> list[str]:
+    """``text`` cut at separators outside parentheses."""
+    pieces, depth = [""], 0
+    for letter in text:
+        depth += {"(": 1, ")": -1}.get(letter, 0)
+        if letter == separator and depth == 0:
+            pieces.append("")
+        else:
+            pieces[-1] += letter
+    return [piece.strip() for piece in pieces]
+
+
+def head_of(text: str) -> tuple[str, list[str], list[str]]:
+    """A codec's text as its head, the arguments in parentheses, and the options behind."""
+    first, *options = split(text, ":")
+    head, _, inner = first.partition("(")
+    return head, split(inner[:-1], ",") if inner else [], options
+
+
+def _inner(text: str) -> list[tuple[str, str]]:
+    """Prefix and text of the codecs inside a ``rot`` or ``sum``."""
+    head, arguments, _ = head_of(text)
+    return [("r_" if head == "rot" else f"t{index}_", inner) for index, inner in enumerate(arguments)]
+
+
+def parts(text: str, rows: int, columns: int, recurse: Callable[[str, int, int], Parts]) -> Parts:
+    """Part name to (dtype, shape). ``recurse``: the same for any codec."""
+    head, arguments, _ = head_of(text)
+    if head in ("rot", "sum"):
+        if len(arguments) < (1 if head == "rot" else 2):
+            raise ValueError(f"codec '{text[:80]}' has too few codecs inside")
+        return {
+            prefix + name: part
+            for prefix, inner in _inner(text)
+            for name, part in recurse(inner, rows, columns).items()
+        }
+    if head.startswith("sparse"):
+        count = max(round(rows * columns * float(head[6:]) / 100), 1)
+        return {"values": ("F16", (count,)), "columns": ("U16", (count,)), "starts": ("I32", (rows + 1,))}
+    rank = int(head[7:])
+    return {"left": ("F16", (rows, rank)), "right": ("F16", (rank, columns))}
+
+
+def decode(
+    text: str,
+    arrays: Mapping[str, Array],
+    rows: int,
+    columns: int,
+    recurse: Callable[[str, Mapping[str, Array], int, int], Array],
+) -> Array:
+    """The float32 weight ``(rows, columns)``. ``recurse``: the same for any codec."""
+    head, _, options = head_of(text)
+    if head in ("rot", "sum"):
+        terms = [
+            recurse(inner, {n.removeprefix(p): a for n, a in arrays.items() if n.startswith(p)}, rows, columns)
+            for p, inner in _inner(text)
+        ]
+        if head == "rot":
+            return unrotate(terms[0], int(options[0].removeprefix("seed")) if options else 0)
+        total = terms[0]
+        for term in terms[1:]:
+            total = total + term
+        return total
+    if head.startswith("sparse"):
+        starts, places = arrays["starts"].astype(np.int64), arrays["columns"].astype(np.int64)
+        ordered = starts[0] == 0 and starts[-1] == len(places) and bool((np.diff(starts) >= 0).all())
+        if not ordered or (len(places) and places.max() >= columns):
+            raise ValueError("starts must ascend from 0 to the number of values, and columns lie within a row")
+        weight = np.zeros((rows, columns), np.float32)
+        weight[np.repeat(np.arange(rows), np.diff(starts)), places] = arrays["values"].astype(np.float32)
+        return weight
+    left, right = arrays["left"].astype(np.float32), arrays["right"].astype(np.float32)
+    weight = np.zeros((rows, columns), np.float32)
+    for index in range(left.shape[1]):
+        weight = weight + left[:, index : index + 1] * right[index]
+    return weight
+
+
+def unrotate(rows: Array, seed: int) -> Array:
+    """Each row of ``(n, size)`` times the transposed rotation: cosine part, butterflies, signs."""
+    count, size = rows.shape
+    power = size & -size
+    odd = size // power
+    mixed = rows.reshape(count, odd, power)
+    if odd > 1:
+        table = np.array(
+            [
+                [
+                    math.sqrt((1 if i == 0 else 2) / odd) * math.cos(math.pi * (2 * j + 1) * i / (2 * odd))
+                    for j in range(odd)
+                ]
+                for i in range(odd)
+            ],
+            np.float64,
+        ).astype(np.float32)
+        total = table[0][None, :, None] * mixed[:, :1]
+        for index in range(1, odd):
+            total = total + table[index][None, :, None] * mixed[:, index : index + 1]
+        mixed = total
+    half = 1
+    while half < power:
+        pairs = mixed.reshape(count, odd, power // (2 * half), 2, half)
+        first, second = pairs[:, :, :, 0], pairs[:, :, :, 1]
+        mixed = np.stack([first + second, first - second], 3)
+        half *= 2
+    flat = mixed.reshape(count, size) * np.float32(1.0 / math.sqrt(power))
+    turned: Array = flat * np.array(signs(size, seed), np.float32)
+    return turned
+
+
+def signs(size: int, seed: int) -> list[int]:
+    """Bit 63 of splitmix64's outputs from ``seed``, as signs."""
+    mask = (1 << 64) - 1
+    found = []
+    for index in range(1, size + 1):
+        z = (seed + index * 0x9E3779B97F4A7C15) & mask
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+        found.append(-1 if (z ^ (z >> 31)) >> 63 else 1)
+    return found
+
+
+def matches(text: str) -> bool:
+    """Whether this file decodes a codec's text."""
+    return re.fullmatch(HEAD, head_of(text)[0]) is not None

@@ -1,0 +1,56 @@
+"""NumPy decoding of codecs made of others is torch's, bit for bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tersor.artifact.decoder_numpy import DecodeError, decode_weight, parse_codec, parts_of
+from tersor.artifact.header import DTYPE_NAMES
+from tersor.codecs import parse
+from tersor.contracts import Gram
+from tersor.solvers import Encoder, Nearest
+
+TEXTS = [
+    "rot(int3:g24)",
+    "rot(lut3:row):seed77",
+    "rot(fp4:e2m1:g32:s8)",
+    "rot(bf16)",
+    "sum(int3:g32:asym,lowrank5)",
+    "sum(sparse1.5,int2:row:bf16,lowrank2:plain):again1",
+    "rot(sum(int2:g32,sum(sparse3,lowrank4)))",
+    "sparse7",
+    "lowrank9",
+    "rows(20:rot(int5:g32),31:sum(int2:g32,lowrank2),40:bf16)",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("columns", [96, 288])
+def test_numpy_and_torch_decode_alike(text: str, columns: int) -> None:
+    codec = parse(text)
+    generator = torch.Generator().manual_seed(columns)
+    weight = torch.randn(40, columns, generator=generator)
+    x = torch.randn(2 * columns, columns, generator=generator)
+    encoder = Encoder(Nearest())
+    arrays: dict[str, tuple[str, np.ndarray]] = {}
+    pieces = []
+    for stretch in codec.stretches(40):
+        tensors, values = encoder(weight[stretch.start : stretch.stop], stretch.codec, Gram(x.T @ x, len(x)))
+        pieces.append(values)
+        for name, tensor in tensors.items():
+            raw = tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
+            arrays[stretch.prefix + name] = (DTYPE_NAMES[tensor.dtype], raw)
+    mine = parse_codec(text)
+    declared = parts_of(mine, 40, columns)
+    assert {name: (dtype, raw.shape) for name, (dtype, raw) in arrays.items()} == declared
+    found = decode_weight(mine, 40, columns, lambda name, start, stop: (arrays[name][0], arrays[name][1][start:stop]))
+    assert found.dtype == np.float32
+    assert np.array_equal(found, torch.cat(pieces).numpy())
+
+
+@pytest.mark.parametrize("text", ["rotten(int3:g32)", "sums", "lowrank", "vibes4"])
+def test_unknown_codecs_are_named(text: str) -> None:
+    with pytest.raises(DecodeError, match="not known"):
+        parse_codec(text)
