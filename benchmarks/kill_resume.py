@@ -80,11 +80,11 @@ def repeated(log: Path) -> list[str]:
     again = []
     for line in log.read_text().splitlines():
         event = json.loads(line)
-        key = (event.get("stage"), event.get("block"))
+        key = (event.get("stage"), event.get("way"), event.get("block"))
         if event.get("event") == "block done":
             done.add(key)
         elif event.get("event") == "block begun" and key in done:
-            again.append(f"{key[0]} {key[1]}")
+            again.append(" ".join(map(str, key)))
     return again
 
 

@@ -132,8 +132,7 @@ def _inner_decode(text: str, arrays: Mapping[str, Array], rows: int, columns: in
     """The weight of a codec inside another, from its raw arrays."""
     codec = parse_codec(text)
     if codec.kind == "other":
-        weight: Array = _neighbour(text).decode(text, arrays, rows, columns, _inner_decode)
-        return weight
+        return np.asarray(_neighbour(text).decode(text, arrays, rows, columns, _inner_decode))
     dtypes = {name: dtype for name, (dtype, _) in parts_of(codec, rows, columns).items()}
     return decode_rows(codec, {name: (dtypes[name], array) for name, array in arrays.items()}, columns)
 
