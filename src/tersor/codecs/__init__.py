@@ -1,7 +1,9 @@
 """How a weight is represented. One file a representation; :func:`parse` reads their text form."""
 
+from tersor.codecs.binary import BinaryPlanes
 from tersor.codecs.codebook import Codebook
 from tersor.codecs.dense import Dense
+from tersor.codecs.ectcq import EntropyCodedTrellis
 from tersor.codecs.integer import Integer
 from tersor.codecs.lattice import E8P
 from tersor.codecs.lookup import LookupTable
@@ -13,11 +15,14 @@ from tersor.codecs.sparse import Sparse
 from tersor.codecs.ternary import Ternary
 from tersor.codecs.text import parse, split
 from tersor.codecs.total import Total
+from tersor.codecs.trellis import Trellis
 
 __all__ = [
     "E8P",
+    "BinaryPlanes",
     "Codebook",
     "Dense",
+    "EntropyCodedTrellis",
     "Integer",
     "LookupTable",
     "LowRank",
@@ -27,6 +32,7 @@ __all__ = [
     "Sparse",
     "Ternary",
     "Total",
+    "Trellis",
     "parse",
     "split",
 ]
