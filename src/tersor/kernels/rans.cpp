@@ -1,0 +1,210 @@
+// Interleaved range coding (rANS, arXiv:1311.2540) of grid numbers, with the trellis that says which table comes next.
+// Compiled twin of tersor/kernels/reference_rans.py, which describes the stream; the same bytes come out.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <stdexcept>
+#include <vector>
+
+namespace nb = nanobind;
+
+using MatI = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using VecI = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using CubeI = nb::ndarray<const int32_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+using OutI = nb::ndarray<int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using OutB = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using VecB = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+constexpr int SYMBOLS = 32, REACH = 15, TOTAL_BITS = 12, TOTAL = 1 << TOTAL_BITS;
+constexpr size_t LANES = 32;
+constexpr uint64_t LEAST = 1u << 16;
+
+static void require(bool ok, const char* what) {
+    if (!ok) throw std::invalid_argument(what);
+}
+
+struct Table {
+    int32_t frequency[2][SYMBOLS], before[2][SYMBOLS];
+    uint8_t symbol[2][TOTAL];
+    int low;
+};
+
+static std::vector<Table> tables(const CubeI& frequency, const VecI& low) {
+    require(frequency.shape(1) == 2 && frequency.shape(2) == SYMBOLS && low.shape(0) == frequency.shape(0),
+            "frequencies must be (classes, 2, 32), and low bits (classes,)");
+    std::vector<Table> result(frequency.shape(0));
+    for (size_t c = 0; c < result.size(); ++c) {
+        Table& table = result[c];
+        table.low = low.data()[c];
+        require(table.low >= 0 && table.low <= 12, "low bits must be 0 to 12");
+        for (int u = 0; u < 2; ++u) {
+            int32_t sum = 0;
+            for (int s = 0; s < SYMBOLS; ++s) {
+                const int32_t f = frequency.data()[(c * 2 + u) * SYMBOLS + s];
+                require(f >= 0 && f <= TOTAL - sum, "frequencies must add up to 4096");
+                table.frequency[u][s] = f;
+                table.before[u][s] = sum;
+                std::fill_n(table.symbol[u] + sum, f, static_cast<uint8_t>(s));
+                sum += f;
+            }
+            require(sum == TOTAL, "frequencies must add up to 4096");
+        }
+    }
+    return result;
+}
+
+static void check_classes(const VecI& classes, size_t columns, size_t count) {
+    require(classes.shape(0) == columns, "classes must have one entry a column");
+    for (size_t j = 0; j < columns; ++j)
+        require(classes.data()[j] >= 0 && static_cast<size_t>(classes.data()[j]) < count, "class number out of range");
+}
+
+struct Writer {
+    std::vector<uint16_t> words;  // last word of the stream first
+    void put(uint32_t& state, uint32_t frequency, uint32_t before) {
+        uint64_t x = state;
+        if (x >= static_cast<uint64_t>(frequency) << 20) {
+            words.push_back(static_cast<uint16_t>(x));
+            x >>= 16;
+        }
+        state = static_cast<uint32_t>(((x / frequency) << TOTAL_BITS) + x % frequency + before);
+    }
+    void raw(uint32_t& state, uint32_t value, int bits) {
+        put(state, 1u << (TOTAL_BITS - bits), value << (TOTAL_BITS - bits));
+    }
+};
+
+// Returns the bytes that the stream takes; writes it only when it fits.
+static size_t encode(MatI codes, VecI classes, CubeI frequency, VecI low, OutB stream) {
+    const size_t rows = codes.shape(0), columns = codes.shape(1);
+    const std::vector<Table> table = tables(frequency, low);
+    check_classes(classes, columns, table.size());
+    nb::gil_scoped_release release;
+    const size_t lanes = std::min(columns, LANES);
+    std::vector<uint32_t> state(lanes, static_cast<uint32_t>(LEAST));
+    Writer out;
+    const size_t groups = (columns + LANES - 1) / LANES;
+    for (size_t r = rows; r-- > 0;)
+        for (size_t g = groups; g-- > 0;) {
+            const size_t first = g * LANES, count = std::min(LANES, columns - first);
+            const int32_t* k = codes.data() + r * columns + first;
+            const int32_t* kind = classes.data() + first;
+            for (int stage = 3; stage >= 0; --stage)
+                for (size_t l = count; l-- > 0;) {
+                    const Table& t = table[kind[l]];
+                    const int32_t index = k[l] >> 1, top = index >> t.low;
+                    const bool escape = top < -REACH || top > REACH;
+                    const int symbol = escape ? SYMBOLS - 1 : top + REACH;
+                    if (stage == 3 && escape) out.raw(state[l], static_cast<uint32_t>(index) & 255u, 8);
+                    if (stage == 2 && escape) out.raw(state[l], (static_cast<uint32_t>(index) >> 8) & 255u, 8);
+                    if (stage == 1 && !escape && t.low)
+                        out.raw(state[l], static_cast<uint32_t>(index) & ((1u << t.low) - 1), t.low);
+                    if (stage == 0) {
+                        const int u = k[l] & 1;
+                        require(t.frequency[u][symbol] > 0 && index >= -32768 && index < 32768,
+                                "a grid number has no code");
+                        out.put(state[l], t.frequency[u][symbol], t.before[u][symbol]);
+                    }
+                }
+        }
+    const size_t used = 4 * lanes + 2 * out.words.size();
+    if (used > stream.shape(0)) return used;
+    uint8_t* at = stream.data();
+    for (uint32_t x : state)
+        for (int i = 0; i < 4; ++i) *at++ = static_cast<uint8_t>(x >> (8 * i));
+    for (size_t i = out.words.size(); i-- > 0;) {
+        *at++ = static_cast<uint8_t>(out.words[i]);
+        *at++ = static_cast<uint8_t>(out.words[i] >> 8);
+    }
+    std::fill(at, stream.data() + stream.shape(0), static_cast<uint8_t>(0));
+    return used;
+}
+
+struct Reader {
+    const uint8_t* at;
+    const uint8_t* end;
+    bool ended = false;
+    void refill(uint32_t& x) {
+        if (x >= LEAST) return;
+        if (end - at < 2) {
+            ended = true;
+            return;
+        }
+        x = (x << 16) | at[0] | (static_cast<uint32_t>(at[1]) << 8);
+        at += 2;
+    }
+    uint32_t raw(uint32_t& x, int bits) {
+        const uint32_t slot = x & (TOTAL - 1), shift = TOTAL_BITS - bits, value = slot >> shift;
+        x = (x >> TOTAL_BITS << shift) + (slot & ((1u << shift) - 1));
+        refill(x);
+        return value;
+    }
+};
+
+static void decode(VecB stream, VecI classes, CubeI frequency, VecI low, int states, int h0, int h1, OutI codes) {
+    const size_t rows = codes.shape(0), columns = codes.shape(1);
+    const std::vector<Table> table = tables(frequency, low);
+    check_classes(classes, columns, table.size());
+    require(states >= 1 && (states & (states - 1)) == 0, "states must be a power of two");
+    const size_t lanes = std::min(columns, LANES), groups = (columns + LANES - 1) / LANES;
+    require(stream.shape(0) >= 4 * lanes, "the stream is shorter than its lanes' states");
+    bool ended = false;
+    {
+        nb::gil_scoped_release release;
+        Reader in{stream.data() + 4 * lanes, stream.data() + stream.shape(0)};
+        std::vector<uint32_t> x(lanes);
+        for (size_t l = 0; l < lanes; ++l)
+            for (int i = 0; i < 4; ++i) x[l] |= static_cast<uint32_t>(stream.data()[4 * l + i]) << (8 * i);
+        std::vector<uint32_t> path(columns, 0);
+        int32_t index[LANES];
+        bool escape[LANES];
+        for (size_t r = 0; r < rows && !in.ended; ++r)
+            for (size_t g = 0; g < groups; ++g) {
+                const size_t first = g * LANES, count = std::min(LANES, columns - first);
+                bool escapes = false;
+                for (size_t l = 0; l < count; ++l) {
+                    const Table& t = table[classes.data()[first + l]];
+                    const uint32_t u = path[first + l] & 1u, slot = x[l] & (TOTAL - 1);
+                    const int s = t.symbol[u][slot];
+                    x[l] = t.frequency[u][s] * (x[l] >> TOTAL_BITS) + slot - t.before[u][s];
+                    in.refill(x[l]);
+                    escape[l] = s == SYMBOLS - 1;
+                    escapes |= escape[l];
+                    index[l] = s - REACH;
+                }
+                for (size_t l = 0; l < count; ++l) {
+                    const int bits = table[classes.data()[first + l]].low;
+                    if (bits && !escape[l]) index[l] = index[l] * (1 << bits) + static_cast<int32_t>(in.raw(x[l], bits));
+                }
+                if (escapes) {
+                    for (size_t l = 0; l < count; ++l)
+                        if (escape[l]) index[l] = static_cast<int32_t>(in.raw(x[l], 8)) << 8;
+                    for (size_t l = 0; l < count; ++l)
+                        if (escape[l]) index[l] = static_cast<int16_t>(index[l] | static_cast<int32_t>(in.raw(x[l], 8)));
+                }
+                for (size_t l = 0; l < count; ++l) {
+                    uint32_t& state = path[first + l];
+                    const uint32_t u = state & 1u;
+                    codes.data()[r * columns + first + l] = 2 * index[l] + static_cast<int32_t>(u);
+                    if (states > 1)
+                        state = (state >> 1) ^ (u ? static_cast<uint32_t>(h0) >> 1 : 0u) ^
+                                (index[l] & 1 ? static_cast<uint32_t>(h1) >> 1 : 0u);
+                }
+            }
+        ended = in.ended;
+    }
+    require(!ended, "the stream ends before its last symbol");
+}
+
+void bind_ectcq(nb::module_& module);
+
+NB_MODULE(_coded, module) {
+    module.doc() = "Entropy coding and trellis search; see tersor.kernels.reference_rans and reference_ectcq.";
+    bind_ectcq(module);
+    module.def("encode", &encode, nb::arg("codes"), nb::arg("classes"), nb::arg("frequency"), nb::arg("low"),
+               nb::arg("stream"));
+    module.def("decode", &decode, nb::arg("stream"), nb::arg("classes"), nb::arg("frequency"), nb::arg("low"),
+               nb::arg("states"), nb::arg("h0"), nb::arg("h1"), nb::arg("codes"));
+}
