@@ -122,7 +122,7 @@ class Stretch:
 class Encoded:
     """What a solver returns: integer codes and the side information to read them with.
 
-    ``codes``: ``(out, in / span)`` int32, one per span of input columns.
+    ``codes``: ``(out, in / span)`` int32 (see :attr:`LeafCodec.code_dtype`), one per span of input columns.
     """
 
     codes: Tensor
@@ -161,6 +161,9 @@ class LeafCodec(Codec):
 
     span: ClassVar[int] = 1
     """Input columns that are rounded together: 1 for scalars, 8 for E8, 16 for a trellis tile."""
+
+    code_dtype: ClassVar[torch.dtype] = torch.int32
+    """Of the codes that :meth:`round` returns: int64 where those of a span do not fit 31 bits."""
 
     def learn(self, weight: Tensor, gram: Gram | None) -> LeafCodec:
         """This codec with everything that depends on a layer as a whole: a codebook, the size of its tiles.

@@ -92,7 +92,7 @@ def test_kmeans_uses_all_entries() -> None:
 
 
 @settings(max_examples=80, deadline=None)
-@given(bits=st.integers(1, 48), rows=st.integers(1, 5), count=st.integers(0, 21), seed=st.integers(0, 2**31))
+@given(bits=st.integers(1, 56), rows=st.integers(1, 5), count=st.integers(0, 21), seed=st.integers(0, 2**31))
 def test_wide_packing_round_trip(bits: int, rows: int, count: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 2**bits, (rows, count), generator=generator, dtype=torch.int64)

@@ -41,7 +41,7 @@ class RowScaled(LeafCodec):
 
     @abstractmethod
     def closest(self, target: Tensor) -> Tensor:
-        """Codes ``(n,)`` int32 of the vectors nearest to ``target (n, span)``, in units of the scale."""
+        """Codes ``(n,)`` of the vectors nearest to ``target (n, span)``, in units of the scale."""
 
     def spans(self, in_features: int) -> int:
         """How many spans a row has. Raises ShapeMismatch when the span does not divide it."""
@@ -110,5 +110,5 @@ class RowScaled(LeafCodec):
         return {"codes": codes, "scale": encoded.side["scale"].to(torch.float16)}
 
     def unpack(self, tensors: Mapping[str, Tensor], shape: Shape) -> Encoded:
-        codes = unpack_wide(tensors["codes"], self.code_bits, self.spans(shape[1])).to(torch.int32)
+        codes = unpack_wide(tensors["codes"], self.code_bits, self.spans(shape[1])).to(self.code_dtype)
         return Encoded(codes, {"scale": tensors["scale"].to(torch.float32)})

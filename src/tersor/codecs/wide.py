@@ -1,4 +1,4 @@
-"""Codes of up to 48 bits: the same little-endian bit stream per row as :mod:`tersor.codecs.packing`.
+"""Codes of up to 56 bits: the same little-endian bit stream per row as :mod:`tersor.codecs.packing`.
 
 >>> import torch
 >>> stream = pack_wide(torch.tensor([[0x123, 0xABC]]), 12)
@@ -17,7 +17,7 @@ from tersor.codecs.packing import packed_width
 
 
 def pack_wide(codes: Tensor, bits: int) -> Tensor:
-    """Codes ``(rows, n)`` in ``[0, 2^bits)`` to bytes ``(rows, ceil(n·bits/8))`` uint8; bits from 1 to 48."""
+    """Codes ``(rows, n)`` in ``[0, 2^bits)`` to bytes ``(rows, ceil(n·bits/8))`` uint8; bits from 1 to 56."""
     rows, count = codes.shape
     shifts = torch.arange(bits, device=codes.device)
     spread = ((codes.to(torch.int64)[:, :, None] >> shifts) & 1).to(torch.uint8)

@@ -137,7 +137,7 @@ class ErrorFeedback(Solver):
         step = segment if moving else _whole_spans(self.block, codec.span)
         reference = weight[:, prepared.order]
         target = reference.clone()
-        codes = torch.empty(weight.shape[0], columns // codec.span, dtype=torch.int32)
+        codes = torch.empty(weight.shape[0], columns // codec.span, dtype=codec.code_dtype)
         for start in range(0, columns, step):
             here = slice(start, min(start + step, columns))
             if moving:
