@@ -31,18 +31,12 @@ POLYNOMIALS = {
 def parts(text: str, rows: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
     """The stored tensors: names, safetensors dtypes and shapes."""
     milli, _ = _numbers(text)
-    classes = max(min((rows if rows >= 128 else 1024) * columns >> 16, 8), 1)
-    aside: dict[str, tuple[str, tuple[int, ...]]] = {
-        "row": ("U8", ((rows + 1) // 2,)),
-        "column": ("U8", (columns,)),
-        "model": ("U8", (classes, 2 * SYMBOLS + 5)),
-        "scale": ("F32", (1,)),
-    }
-    whole = milli * rows * columns // 8000
+    whole, least = milli * rows * columns // 8000, 4 * min(columns, LANES)
+    aside = _aside(rows, columns)
     if rows < 128:
-        count = whole + 4 * min(columns, LANES)
+        count = max(whole - (_size(_aside(1024, columns)) + least) * rows // 1024, 0) + least
     else:
-        count = whole - sum((4 if dtype == "F32" else 1) * int(np.prod(shape)) for dtype, shape in aside.values())
+        count = whole - _size(aside)
     return {**aside, "stream": ("U8", (count,))}
 
 
@@ -62,6 +56,20 @@ def decode(text: str, arrays: Mapping[str, Any], rows: int, columns: int) -> Any
     step = row[:, None] * column_table[column & 31]
     inward = np.sign(number).astype(np.float32) * shrink[kind, np.minimum(abs(number), 4)]
     return step * (number.astype(np.float32) - inward)
+
+
+def _aside(rows: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    classes = max(min((rows if rows >= 128 else 1024) * columns >> 16, 8), 1)
+    return {
+        "row": ("U8", ((rows + 1) // 2,)),
+        "column": ("U8", (columns,)),
+        "model": ("U8", (classes, 2 * SYMBOLS + 5)),
+        "scale": ("F32", (1,)),
+    }
+
+
+def _size(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
+    return sum((4 if dtype == "F32" else 1) * int(np.prod(shape)) for dtype, shape in tensors.values())
 
 
 def _numbers(text: str) -> tuple[int, int]:
