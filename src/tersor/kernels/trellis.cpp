@@ -1,0 +1,218 @@
+// Compiled twin of tersor/kernels/reference_trellis.py: Viterbi search for tail-biting bit-shift trellises, one tile of
+// one column after another. Free of threads; the interpreter lock is released meanwhile. Clones and contraction as in
+// scalar.cpp: every clone and the torch version give the same bits.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
+namespace nb = nanobind;
+using nb::ndarray;
+
+#if defined(__x86_64__) && defined(__GNUC__) && defined(__linux__)
+#define TERSOR_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define TERSOR_CLONES
+#endif
+#if defined(__GNUC__)
+#define TERSOR_INLINE inline __attribute__((always_inline))
+#define TERSOR_RESTRICT __restrict__
+#else
+#define TERSOR_INLINE inline
+#define TERSOR_RESTRICT
+#endif
+
+using MatF = ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using VecF = ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using OutI = ndarray<int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+namespace {
+
+void require(bool ok, const char* what) {
+    if (!ok) throw std::invalid_argument(what);
+}
+
+struct Trellis {
+    const float* values;  // (1 << window): the value of each state
+    int bits, window;
+    size_t states, groups;  // a group: the states that share all but their oldest, or all but their newest, bits
+};
+
+#if defined(__GNUC__) && defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector) && __has_builtin(__builtin_convertvector)
+#define TERSOR_VECTORS
+#endif
+#endif
+
+#if defined(TERSOR_VECTORS)
+// Vectors wider than the machine's are split by the compiler; unaligned, because states come from the caller.
+typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint8_t Bytes __attribute__((vector_size(16), aligned(1), may_alias));
+constexpr size_t LANES = 16;
+
+// Successors `Block * 16 ...` of the 16 groups whose least costs are `low`: each group has K of them.
+template <int K, int Block, int... Lane>
+TERSOR_INLINE void spread(const float* values, float* cost, Floats low, float x, float scale,
+                          std::integer_sequence<int, Lane...>) {
+    const Floats repeated = __builtin_shufflevector(low, low, (Block * 16 + Lane) / K...);
+    const Floats error = x - scale * *reinterpret_cast<const Floats*>(values + Block * 16);
+    *reinterpret_cast<Floats*>(cost + Block * 16) = repeated + error * error;
+}
+
+template <int K, int... Block>
+TERSOR_INLINE void spread_all(const float* values, float* cost, Floats low, float x, float scale,
+                              std::integer_sequence<int, Block...>) {
+    (spread<K, Block>(values, cost, low, x, scale, std::make_integer_sequence<int, 16>{}), ...);
+}
+#endif
+
+// One row: `cost` becomes the least cost of reaching each state, `back` the oldest bits of the best predecessor of each
+// group of successors. Ties go to the lowest predecessor.
+template <int K>
+TERSOR_INLINE void advance(const float* TERSOR_RESTRICT values, float* TERSOR_RESTRICT cost,
+                           float* TERSOR_RESTRICT least, uint8_t* TERSOR_RESTRICT back, size_t groups, float x,
+                           float scale) {
+    size_t g = 0;
+#if defined(TERSOR_VECTORS)
+    for (; g + LANES <= groups; g += LANES) {
+        Floats low = *reinterpret_cast<const Floats*>(cost + g);
+        Ints from = {};
+        for (int q = 1; q < K; ++q) {
+            const Floats other = *reinterpret_cast<const Floats*>(cost + q * groups + g);
+            from = other < low ? Ints{} + q : from;
+            low = other < low ? other : low;
+        }
+        *reinterpret_cast<Floats*>(least + g) = low;
+        *reinterpret_cast<Bytes*>(back + g) = __builtin_convertvector(from, Bytes);
+    }
+#endif
+    for (; g < groups; ++g) {
+        float low = cost[g];
+        int from = 0;
+        for (int q = 1; q < K; ++q) {
+            const float other = cost[q * groups + g];
+            from = other < low ? q : from;
+            low = other < low ? other : low;
+        }
+        least[g] = low;
+        back[g] = static_cast<uint8_t>(from);
+    }
+    g = 0;
+#if defined(TERSOR_VECTORS)
+    for (; g + LANES <= groups; g += LANES)
+        spread_all<K>(values + g * K, cost + g * K, *reinterpret_cast<const Floats*>(least + g), x, scale,
+                      std::make_integer_sequence<int, K>{});
+#endif
+    for (; g < groups; ++g)
+        for (int u = 0; u < K; ++u) {
+            const float error = x - scale * values[g * K + u];
+            cost[g * K + u] = least[g] + error * error;
+        }
+}
+
+// `count` rows from `cost` on. `back` gets `groups` bytes for each row from row `skip` on.
+TERSOR_CLONES
+void run(const Trellis& t, const float* x, const float* scale, size_t count, size_t skip, float* cost, float* least,
+         uint8_t* back) {
+    for (size_t i = 0; i < count; ++i) {
+        // Rows before `skip` need no way back: their bytes are overwritten.
+        uint8_t* row = back + (i < skip ? 0 : i - skip) * t.groups;
+        switch (t.bits) {
+            case 1: advance<2>(t.values, cost, least, row, t.groups, x[i], scale[i]); break;
+            case 2: advance<4>(t.values, cost, least, row, t.groups, x[i], scale[i]); break;
+            case 3: advance<8>(t.values, cost, least, row, t.groups, x[i], scale[i]); break;
+            default: advance<16>(t.values, cost, least, row, t.groups, x[i], scale[i]); break;
+        }
+    }
+}
+
+// Memory that begins at a cache line, so that no vector crosses one.
+template <typename T>
+class Lines {
+   public:
+    explicit Lines(size_t count) : store_(count * sizeof(T) + 64) {}
+    T* data() {
+        const auto at = reinterpret_cast<uintptr_t>(store_.data());
+        return reinterpret_cast<T*>(store_.data() + (64 - at % 64) % 64);
+    }
+
+   private:
+    std::vector<unsigned char> store_;
+};
+
+struct Work {
+    Lines<float> cost, least, values;
+    Lines<uint8_t> back;
+    std::vector<float> x, scale;
+};
+
+inline size_t previous(const Trellis& t, size_t state, const uint8_t* back) {
+    const size_t group = state >> t.bits;
+    return (static_cast<size_t>(back[group]) << (t.window - t.bits)) | group;
+}
+
+// The states along the path found for one column of a tile of `rows` rows; `stride` is between rows.
+void one_path(const Trellis& t, const float* target, const float* scale, size_t rows, size_t stride, size_t context,
+              Work& w, int32_t* path) {
+    // First the state at the seam, from a free search over the rows around it.
+    for (size_t i = 0; i < 2 * context; ++i) {
+        const size_t row = (i + rows - context % rows) % rows;
+        w.x[i] = target[row * stride];
+        w.scale[i] = scale[row];
+    }
+    float* cost = w.cost.data();
+    std::fill(cost, cost + t.states, 0.0f);
+    run(t, w.x.data(), w.scale.data(), 2 * context, context, cost, w.least.data(), w.back.data());
+    size_t state = static_cast<size_t>(std::min_element(cost, cost + t.states) - cost);
+    for (size_t i = context; i-- > 0;) state = previous(t, state, w.back.data() + i * t.groups);
+    // Then the best path that begins and ends there.
+    for (size_t i = 0; i < rows; ++i) {
+        w.x[i] = target[i * stride];
+        w.scale[i] = scale[i];
+    }
+    std::fill(cost, cost + t.states, std::numeric_limits<float>::infinity());
+    cost[state] = 0.0f;
+    run(t, w.x.data(), w.scale.data(), rows, 0, cost, w.least.data(), w.back.data());
+    for (size_t i = rows; i-- > 0;) {
+        path[i * stride] = static_cast<int32_t>(state);
+        state = previous(t, state, w.back.data() + i * t.groups);
+    }
+}
+
+void trellis_search(MatF target, VecF scale, VecF values, int bits, int window, size_t tile, size_t context,
+                    OutI path) {
+    const size_t rows = target.shape(0), columns = target.shape(1);
+    require(bits >= 1 && bits <= 4 && window >= 2 * bits && window <= 16, "bits must be 1 to 4, window 2 bits to 16");
+    require(values.shape(0) == size_t{1} << window, "values must have one entry a state");
+    require(scale.shape(0) == rows, "scale must have one entry a row of target");
+    require(path.shape(0) == rows && path.shape(1) == columns, "path must have the shape of target");
+    require(tile >= 1 && context >= 1, "tile and context must be at least 1");
+    const size_t last = rows % tile ? rows % tile : tile;
+    require(rows == 0 || std::min(last, rows) * static_cast<size_t>(bits) >= static_cast<size_t>(window),
+            "a tile must hold a whole window");
+    const size_t states = size_t{1} << window, groups = states >> bits;
+    nb::gil_scoped_release release;
+    const size_t longest = std::min(tile, rows), most = std::max(longest, 2 * context);
+    Work w{Lines<float>(states), Lines<float>(groups), Lines<float>(states),
+           Lines<uint8_t>(std::max(longest, context) * groups), std::vector<float>(most), std::vector<float>(most)};
+    std::copy(values.data(), values.data() + states, w.values.data());
+    const Trellis t{w.values.data(), bits, window, states, groups};
+    for (size_t first = 0; first < rows; first += tile)
+        for (size_t column = 0; column < columns; ++column)
+            one_path(t, target.data() + first * columns + column, scale.data() + first, std::min(tile, rows - first),
+                     columns, context, w, path.data() + first * columns + column);
+}
+
+}  // namespace
+
+NB_MODULE(_trellis, module) {
+    module.doc() = "Compiled trellis search; see tersor.kernels.reference_trellis for what it computes.";
+    module.def("trellis_search", &trellis_search, nb::arg("target"), nb::arg("scale"), nb::arg("values"),
+               nb::arg("bits"), nb::arg("window"), nb::arg("tile"), nb::arg("context"), nb::arg("path"));
+}

@@ -1,0 +1,35 @@
+"""The trellis search, compiled where it was; see :mod:`tersor.kernels.reference_trellis` for what it computes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tersor.kernels import reference_trellis
+
+try:
+    from tersor.kernels import _trellis  # type: ignore[attr-defined]
+except ImportError:
+    _trellis = None
+
+
+def trellis_search(
+    target: Tensor, scale: Tensor, values: Tensor, *, bits: int, window: int, tile: int, context: int
+) -> Tensor:
+    """See :func:`tersor.kernels.reference_trellis.trellis_search`; one thread, the interpreter lock released."""
+    if _trellis is None:
+        return reference_trellis.trellis_search(
+            target, scale, values, bits=bits, window=window, tile=tile, context=context
+        )
+    path = torch.empty(target.shape, dtype=torch.int32)
+    # Tiles shorter than a window are a search of their own, and only the last tile can be one.
+    short = len(target) % tile if tile * bits >= window else len(target)
+    long = len(target) - (short if short * bits < window else 0)
+    target, scale = target.contiguous(), scale.contiguous()
+    if long:
+        _trellis.trellis_search(target[:long], scale[:long], values, bits, window, tile, context, path[:long])
+    if long < len(target):
+        path[long:] = reference_trellis.trellis_search(
+            target[long:], scale[long:], values, bits=bits, window=window, tile=tile, context=context
+        )
+    return path
