@@ -16,6 +16,7 @@ from tersor.codecs import parse
 from tersor.codecs.ectcq import EntropyCodedTrellis
 from tersor.contracts import Gram
 from tersor.errors import BadInput, ShapeMismatch
+from tersor.kernels import coded
 from tersor.solvers import CoordinateDescent, Encoder, ErrorFeedback, Nearest
 
 NAMES = {torch.uint8: "U8", torch.float32: "F32"}
@@ -135,6 +136,45 @@ def test_error_feedback_beats_nearest_and_integers() -> None:
     assert distortion(weight - fed, gram) < 0.8 * distortion(weight - near, gram)
     _, integers = Encoder(ErrorFeedback())(weight, parse("int3:g64"), gram)
     assert distortion(weight - fed, gram) < 0.5 * distortion(weight - integers, gram)
+
+
+def test_without_compiled_kernels_the_bytes_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, gram = correlated(130, 72)
+    compiled, _ = Encoder(ErrorFeedback())(weight, parse("ectcq4:t16"), gram)
+    monkeypatch.setattr(coded, "_coded", None)
+    plainly, values = Encoder(ErrorFeedback())(weight, parse("ectcq4:t16"), gram)
+    assert all(torch.equal(compiled[name], plainly[name]) for name in compiled)
+    assert torch.equal(parse("ectcq4:t16").decode(plainly, (130, 72)), values)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0])
+def test_distance_to_reverse_water_filling(spread: float) -> None:
+    """Correlated inputs, at 3 bits: little above the least rate that any code needs for this distortion.
+
+    ``spread``: how unlike the scales of inputs are (natural logarithm). Scalars with an ideal entropy code lose .255
+    bits (arXiv:2603.04956); group integers more than .6.
+    """
+    generator = torch.Generator().manual_seed(0)
+    size = 384
+    basis = torch.linalg.qr(torch.randn(size, size, generator=generator).double()).Q
+    matrix = basis * (torch.arange(1, size + 1).double() ** -0.5) @ basis.T
+    scale = torch.exp(spread * torch.randn(size, generator=generator)).double()
+    gram = Gram((scale[:, None] * matrix * scale).float(), 1000)
+    weight = torch.randn(size, size, generator=generator)
+    energy = torch.linalg.eigvalsh(gram.matrix.double())
+
+    def excess(text: str) -> float:
+        _, values = Encoder(ErrorFeedback(damping=1e-4))(weight, parse(text), gram)
+        level = distortion(weight - values, gram) / weight.numel()
+        low, high = 1e-12, float(energy.max())
+        for _ in range(60):
+            middle = math.sqrt(low * high)
+            low, high = (middle, high) if float(energy.clamp(max=middle).mean()) < level else (low, middle)
+        rate = float((0.5 * torch.log2(energy / low)).clamp(min=0).mean())
+        return parse(text).bits((size, size)) / weight.numel() - rate
+
+    assert excess("ectcq3") < (0.17 if spread == 0 else 0.265)
+    assert excess("int3:g64") > 0.6
 
 
 def test_zeros_cost_nothing_and_stay() -> None:

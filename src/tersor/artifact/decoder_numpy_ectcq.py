@@ -59,7 +59,7 @@ def decode(text: str, arrays: Mapping[str, Any], rows: int, columns: int) -> Any
 
 
 def _aside(rows: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    classes = max(min((rows if rows >= 128 else 1024) * columns >> 16, 8), 1)
+    classes = max(min((rows if rows >= 128 else 1024) * columns >> 15, 8), 1)
     return {
         "row": ("U8", ((rows + 1) // 2,)),
         "column": ("U8", (columns,)),

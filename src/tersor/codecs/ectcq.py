@@ -28,7 +28,7 @@ from tersor.kernels.reference_rans import LANES
 
 _FEW_ROWS, _USUAL_ROWS = 128, 1024
 _MOST_CLASSES = 8
-_WEIGHTS_OF_CLASS = 1 << 16
+_WEIGHTS_OF_CLASS = 1 << 15
 _SEARCH_ROWS = 192
 """Rows on which the step is searched first, where a layer has more than twice as many."""
 _BIT_PRICE = 0.36
