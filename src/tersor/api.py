@@ -1,10 +1,10 @@
-"""The five verbs: plan, compress, evaluate, inspect, generate. The command line calls these and nothing else."""
+"""The verbs: plan, compress, evaluate, inspect, generate, survey. The command line calls these and nothing else."""
 
 from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from tersor.stages.evaluate import evaluate_model, is_artifact, open_whole
 from tersor.stages.fast import fast_curves
 from tersor.stages.generate import generate_text
 from tersor.stages.options import Budget, Options, parse_budget, parse_bytes
+from tersor.survey import Outcome, Request, Survey, run_survey
 
 Model = str | Path | nn.Module
 Size = str | int | None
@@ -200,3 +201,38 @@ def generate(
         on_text=on_text,
         trust_remote_code=trust_remote_code,
     )
+
+
+def survey(
+    model: Model,
+    output: str | Path,
+    *,
+    bits: Sequence[float] = (2, 3, 4),
+    recipes: Sequence[str] | None = None,
+    processes: int = 1,
+    retry: bool = False,
+    progress: Progress = silent,
+    told: Callable[[Outcome], None] | None = None,
+    cache_dir: Path | None = None,
+    **settings: Any,
+) -> Survey:
+    """Run recipes of the literature on ``model`` at equal bytes; judge the claims of their papers.
+
+    ``recipes``: names, or paths of Python files that call :func:`tersor.recipes.recipe` (default: all there are).
+    Results go into ``output/survey.sqlite`` one by one, and into ``output/survey.html``; the same call continues after
+    a crash, and others add to it. ``processes``: recipes run side by side. ``retry``: run again what failed before.
+    ``told``: called with each new outcome. Other settings: see :class:`~tersor.stages.options.Options`; the arithmetic
+    is float32 unless ``dtype`` says otherwise.
+    """
+    workers = settings.pop("workers", None) or max(1, pipeline.available_workers() // max(processes, 1))
+    request = Request(
+        model=resolve(model),
+        output=Path(output),
+        bits=tuple(float(value) for value in bits),
+        options=_options(None, {"dtype": "float32", **settings, "workers": workers}),
+        recipes=None if recipes is None else tuple(recipes),
+        processes=processes,
+        retry=retry,
+        cache_dir=cache_dir,
+    )
+    return run_survey(request, progress=progress, told=told)

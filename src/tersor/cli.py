@@ -253,6 +253,68 @@ def run(
         sys.stdout.write(json.dumps({"prompt": prompt, "text": text}) + "\n")
 
 
+@app.command()
+def survey(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "--out", "-o", help="Folder of results.")] = Path("tersor-survey"),
+    bits: Annotated[str, typer.Option(help="Bits per weight of the codes, comma-separated.")] = "2,3,4",
+    recipes: Annotated[
+        str | None, typer.Option(help="Recipes by name, or Python files that add some, comma-separated. Default: all.")
+    ] = None,
+    text: Text = None,
+    text_field: Field = None,
+    text_split: Split = "train",
+    sequences: Sequences = 64,
+    length: Length = 256,
+    eval_text: EvalText = None,
+    eval_sequences: EvalSequences = 16,
+    seed: Seed = 0,
+    dtype: Dtype = "float32",
+    workers: Annotated[int, typer.Option(help="Recipes run side by side, each in a process of its own.")] = 1,
+    retry: Annotated[bool, typer.Option("--retry", help="Run again what failed before.")] = False,
+    trust_remote_code: Trust = False,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Run the literature's recipes on a model at equal bytes; say which claims hold. Continues where it was stopped."""
+    from tersor import api, show
+
+    with show.progress() as progress:
+        found = api.survey(
+            model,
+            output,
+            bits=_numbers(bits),
+            recipes=None if recipes is None else _words(recipes),
+            processes=workers,
+            retry=retry,
+            progress=progress,
+            told=None if as_json else show.survey_line,
+            text=text,
+            text_field=text_field,
+            text_split=text_split,
+            sequences=sequences,
+            length=length,
+            eval_text=eval_text,
+            eval_sequences=eval_sequences,
+            seed=seed,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            revision=revision,
+        )
+    show.emit(as_json, lambda: show.survey_data(found), lambda: show.survey_table(found))
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(word) for word in _words(text)]
+    except ValueError:
+        raise BadInput(f"--bits {text!r} cannot be read; write numbers with commas, such as 2,3,4.") from None
+
+
 def main() -> None:
     """Entry point: deliberate errors become one sentence on standard error and exit code 2."""
     try:
@@ -264,7 +326,7 @@ def main() -> None:
         # The option parser turns Ctrl-C into this exit code, without a word.
         if isinstance(stop, SystemExit) and stop.code != 130:
             raise
-        sys.stderr.write("tersor: stopped; the same command continues compress and plan where they were.\n")
+        sys.stderr.write("tersor: stopped; the same command continues compress, plan and survey where they were.\n")
         sys.exit(130)
     except OSError as error:
         # A full or failing disk, a folder without permission: the system's own sentence, and where.

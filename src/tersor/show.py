@@ -21,6 +21,7 @@ from transformers.utils import logging
 from tersor.api import Inspection
 from tersor.contracts import Quality
 from tersor.pipeline import Planned, Result
+from tersor.survey import Outcome, Survey, front
 
 
 @contextmanager
@@ -269,3 +270,69 @@ def inspection_table(found: Inspection) -> None:
     fates = Counter(fate.fate for fate in anatomy.tensors)
     facts = [("tensors", ", ".join(f"{count} {fate}" for fate, count in fates.items()))]
     _facts("Anatomy", facts + [("note", note) for note in anatomy.notes])
+
+
+def survey_line(outcome: Outcome) -> None:
+    """One line on standard error for each result of a survey, as it comes."""
+    told = f"{outcome.recipe} at {outcome.bits:g} bits: "
+    if outcome.status == "measured":
+        told += f"KL {outcome.kl:.4f} ± {outcome.kl_error:.4f}, {outcome.rate:.3f} bits per weight"
+    else:
+        told += f"{outcome.status}: {outcome.error}"
+    if outcome.seconds is not None:
+        told += f", {outcome.seconds:.0f} s"
+    sys.stderr.write(told + "\n")
+    sys.stderr.flush()
+
+
+def survey_data(survey: Survey) -> dict[str, Any]:
+    return {
+        "model": survey.model,
+        "page": str(survey.page),
+        "database": str(survey.database),
+        "new": survey.new,
+        "results": [outcome.plain() for outcome in survey.outcomes],
+        "verdicts": [asdict(verdict) for verdict in survey.verdicts],
+    }
+
+
+def survey_table(survey: Survey) -> None:
+    """The results by bits and KL, the verdicts, and where the page is."""
+    best = {(outcome.recipe, outcome.bits) for outcome in front(survey.outcomes)}
+    table = Table(title=f"{survey.model}: KL from the original at equal bytes")
+    for heading in ("bits", "recipe", "bits/weight", "KL", "output error", "time", "front"):
+        table.add_column(heading, justify="left" if heading == "recipe" else "right", overflow="fold")
+    for one in sorted(survey.outcomes, key=lambda one: (one.bits, one.kl is None, one.kl or 0.0)):
+        if one.status != "measured":
+            table.add_row(f"{one.bits:g}", escape(one.recipe), one.status, "", "", "", "")
+            continue
+        table.add_row(
+            f"{one.bits:g}",
+            escape(one.recipe),
+            f"{one.rate:.3f}",
+            f"{one.kl:.4f} ± {one.kl_error:.4f}",
+            "" if one.output_error is None else f"{one.output_error:.4f}",
+            "" if one.seconds is None else f"{one.seconds:.0f} s",
+            "yes" if (one.recipe, one.bits) in best else "",
+        )
+    _console().print(table)
+    claims = Table(title="Claims")
+    for heading in ("recipe", "claim", "bits", "ratio", "below", "verdict"):
+        claims.add_column(heading, justify="left" if heading in ("recipe", "claim", "verdict") else "right")
+    for verdict in survey.verdicts:
+        if verdict.word != "untested":
+            claims.add_row(
+                escape(verdict.recipe),
+                escape(verdict.claim.sentence),
+                f"{verdict.bits:g}",
+                f"{verdict.ratio:.3f} ({verdict.low:.3f} to {verdict.high:.3f})",
+                f"{verdict.claim.ratio:g}",
+                verdict.word,
+            )
+    if claims.rows:
+        _console().print(claims)
+    untested = sum(verdict.word == "untested" for verdict in survey.verdicts)
+    facts = [("page", str(survey.page)), ("results", str(survey.database))]
+    if untested:
+        facts.append(("not tested", f"{untested} claims, for want of the recipe or its baseline"))
+    _facts("Survey", facts)

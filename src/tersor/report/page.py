@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import gzip
 import math
 import os
 from functools import cache
@@ -11,14 +9,13 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from tersor.errors import BadInput
 from tersor.report import words
 from tersor.report.data import ReportData, Sample
 from tersor.report.figures import kind_shares, loss_scale, size_bars, size_parts, view
+from tersor.report.shared import asset, plotly
 
-_ASSETS = Path(__file__).parent / "assets"
 _SCRIPTS = ("page.js", "tables.js", "charts.js")
 
 
@@ -40,9 +37,9 @@ def render(data: ReportData) -> str:
             tone=words.tone(data),
             verdict=words.verdict(data),
             prediction=words.prediction(data),
-            style=_asset("style.css"),
-            scripts=Markup("\n").join(_asset(name) for name in _SCRIPTS),
-            plotly=_plotly(),
+            style=asset("style.css"),
+            scripts=Markup("\n").join(asset(name) for name in _SCRIPTS),
+            plotly=plotly(),
         )
     )
 
@@ -86,18 +83,6 @@ def _environment() -> Environment:
     )
     environment.globals.update(measured=words.measured_text, change=words.change_text, share_of=_share_of)
     return environment
-
-
-@cache
-def _asset(name: str) -> Markup:
-    return Markup((_ASSETS / name).read_text(encoding="utf-8"))
-
-
-@cache
-def _plotly() -> Markup:
-    """The chart library, compressed: 2 MB in the page in place of 4.8 MB. The page's script unpacks it."""
-    packed = gzip.compress(get_plotlyjs().encode("utf-8"), compresslevel=9, mtime=0)
-    return Markup(base64.b64encode(packed).decode("ascii"))
 
 
 def _fork(sample: Sample) -> tuple[str, str, str]:

@@ -1,0 +1,104 @@
+"""A few weights kept apart: SqueezeLLM, GWQ, QuantEase with outliers, PB-LLM."""
+
+from __future__ import annotations
+
+from tersor.contracts import Shape
+from tersor.recipes.baselines import gptq
+from tersor.recipes.fit import fullest, grouped, integer, with_outliers
+from tersor.recipes.recipe import Claim, NothingFits, Paper
+from tersor.recipes.registry import recipe
+from tersor.solvers import CoordinateDescent, ErrorFeedback, Nearest
+
+
+def _kept(bits: float, shape: Shape) -> str:
+    """Coarse groups, so that what they save pays for outliers: 32 bits each, and 32 a row."""
+    return with_outliers(reversed(grouped(f"int{integer(bits)}:{{}}", shape[1])), bits, shape, least=0.25)
+
+
+def _kept_in_turn(bits: float, shape: Shape) -> str:
+    return with_outliers(
+        reversed(grouped(f"int{integer(bits)}:{{}}", shape[1])), bits, shape, least=0.25, again=":again2"
+    )
+
+
+def _tables(bits: float, shape: Shape) -> str:
+    """The widest tables that fit, and outliers for what is left."""
+    return with_outliers([fullest(["lut4:row", "lut3:row", "lut2:row"], bits, shape)], bits, shape)
+
+
+def _signs(bits: float, shape: Shape) -> str:
+    if bits > 3:
+        raise NothingFits(f"Partial binarization is for up to 3 bits; {bits:.3f} were given.")
+    return with_outliers(["int1:row"], bits, shape)
+
+
+recipe(
+    name="squeezellm",
+    paper=Paper("SqueezeLLM: Dense-and-Sparse Quantization", "2306.07629", "S045"),
+    summary="A table for each row by weighted k-means, and the most costly weights kept as they are.",
+    codec=_tables,
+    solver=Nearest,
+    differs=(
+        "Weighted by the Gram matrix's diagonal instead of the Fisher information; outliers as many as the budget "
+        "leaves room for (none where the tables of a small matrix fill it), chosen by the same weights."
+    ),
+    claims=(Claim("At 3 bits the distance to the original is at most 0.8 of GPTQ's.", "gptq", (3,), 0.8),),
+)
+
+recipe(
+    name="magnitude-outliers",
+    paper=Paper("The largest weights kept in float16, the rest rounded to nearest"),
+    summary="The baseline of methods that choose outliers more cleverly.",
+    codec=_kept,
+    solver=Nearest,
+    calibrated=False,
+    differs="Not a paper's.",
+)
+
+recipe(
+    name="gwq",
+    paper=Paper("GWQ: Gradient-Aware Weight Quantization for Large Language Models", "2411.00850", "S031"),
+    summary="The most important weights kept in float16, the rest rounded in groups.",
+    codec=_kept,
+    solver=Nearest,
+    differs=(
+        "Importance is H_jj w², what leaving a weight out would cost its layer; the paper takes the gradient of the "
+        "loss. As many outliers as the budget allows, 1 % in the paper."
+    ),
+    claims=(Claim("Outliers chosen by importance beat those chosen by magnitude.", "magnitude-outliers", (3, 4)),),
+)
+
+recipe(
+    name="gptq-outliers",
+    paper=Paper("Outliers kept in float16, the rest by error feedback"),
+    summary="The baseline of methods that optimise outliers and codes together.",
+    codec=_kept,
+    solver=gptq,
+    differs="Not a paper's.",
+)
+
+recipe(
+    name="quantease-outliers",
+    paper=Paper("QuantEase: Optimization-based Quantization for Language Models", "2309.01885", "S183"),
+    summary="Outliers and codes in turn, codes by coordinate descent.",
+    codec=_kept_in_turn,
+    solver=lambda: CoordinateDescent(sweeps=3, start=ErrorFeedback(refit=False)),
+    differs=(
+        "Outliers are chosen by H_jj e² of what the codes leave, twice more after the first pass; the paper uses "
+        "iterative hard thresholding."
+    ),
+    claims=(Claim("Beats outliers chosen once with error feedback.", "gptq-outliers", (3,)),),
+)
+
+recipe(
+    name="pb-llm",
+    paper=Paper("PB-LLM: Partially Binarized Large Language Models", "2310.00034", "S061"),
+    summary="A few salient weights kept, the signs of all others with a scale for each group; error feedback.",
+    codec=_signs,
+    solver=ErrorFeedback,
+    differs=(
+        "Salient weights are float16 with an index, so fewer fit than the paper's 10 to 30 % at 8 bits, whose mask it "
+        "counts as 1 bit; no training."
+    ),
+    claims=(Claim("Beats rounding to nearest at equal bits.", "rtn", (2,)),),
+)

@@ -1,0 +1,98 @@
+"""Codes for several weights at once, and other codecs; each recipe is there when its codec is."""
+
+from __future__ import annotations
+
+from tersor.contracts import Shape
+from tersor.recipes.fit import fullest, groups
+from tersor.recipes.recipe import Claim, NothingFits, Paper
+from tersor.recipes.registry import readable, recipe
+from tersor.solvers import ErrorFeedback
+
+
+def _feedback() -> ErrorFeedback:
+    return ErrorFeedback()
+
+
+def _trellis(bits: float, shape: Shape) -> str:
+    return fullest([f"rot(trellis{width}:L12)" for width in (1, 2, 3, 4)], bits, shape)
+
+
+def _lattice(bits: float, shape: Shape) -> str:
+    return fullest(["rot(e8p:row)", "rot(sum(e8p:row,e8p:row))", "rot(sum(e8p:row,int1:row))"], bits, shape)
+
+
+def _codebooks(bits: float, shape: Shape) -> str:
+    stages = range(2, 5)
+    texts = [f"vq{index}x{width}" for width in (2, 3, 4, 6) for index in range(4, 13)]
+    texts += [f"vq{index}x{width}:r{n}" for width in (4, 6, 8) for index in range(6, 11) for n in stages]
+    return fullest([text for text in texts if readable(text)], bits, shape)
+
+
+def _ternary(bits: float, shape: Shape) -> str:
+    if bits > 3:
+        raise NothingFits(f"Ternary weights are for up to 3 bits; {bits:.3f} were given.")
+    return fullest(["ternary:row", *(f"ternary:g{size}" for size in groups(shape[1]))], bits, shape)
+
+
+def _rate(bits: float, shape: Shape) -> str:
+    return fullest([f"ectcq{hundredth / 100:g}" for hundredth in range(50, 801)], bits, shape)
+
+
+recipe(
+    name="qtip",
+    paper=Paper("QTIP: Quantization with Trellises and Incoherence Processing", "2406.11235"),
+    summary="A bit-shift trellis in a rotated basis, with error feedback.",
+    codec=_trellis,
+    solver=_feedback,
+    needs=("rot(trellis2:L12)",),
+    differs="A window of 12 bits and a small table instead of 16 bits and a computed code; rows alone are rotated.",
+    claims=(
+        Claim("Trellises beat the lattice codebook at equal bits.", "quip-sharp", (2, 4)),
+        Claim("Trellises beat integers with error feedback.", "gptq", (2, 3, 4), 0.8),
+    ),
+)
+
+recipe(
+    name="quip-sharp",
+    paper=Paper("QuIP#: Even Better LLM Quantization with Hadamard Incoherence and Lattice Codebooks", "2402.04396"),
+    summary="The E8P lattice codebook in a rotated basis, with error feedback.",
+    codec=_lattice,
+    solver=_feedback,
+    needs=("rot(e8p:row)",),
+    differs="Rows alone are rotated; no fine-tuning; 3 bits add a sign where the paper adds a 1-bit lattice.",
+    claims=(Claim("The lattice beats rotated integers.", "quip", (2, 3, 4)),),
+)
+
+recipe(
+    name="vptq",
+    paper=Paper(
+        "VPTQ: Extreme Low-bit Vector Post-Training Quantization for Large Language Models", "2409.17066", "S178"
+    ),
+    summary="Vectors of weights from a codebook found by weighted k-means, with error feedback and residual stages.",
+    codec=_codebooks,
+    solver=_feedback,
+    needs=("vq8x4",),
+    differs="Vectors lie along the inputs instead of the outputs; no codebook for outlier columns, no tuning.",
+    claims=(Claim("At two bits it beats GPTQ, codebooks counted.", "gptq", (2,)),),
+)
+
+recipe(
+    name="ternary",
+    paper=Paper("The Era of 1-bit LLMs (its number format, without its training)", "2402.17764"),
+    summary="Three values a group, five weights to a byte.",
+    codec=_ternary,
+    solver=_feedback,
+    needs=("ternary:row",),
+    differs="Rounded after training; the paper trains with it.",
+)
+
+recipe(
+    name="ectcq",
+    paper=Paper("Entropy-coded trellis-coded quantization (Fischer and Wang, 1992), with error feedback"),
+    summary="A trellis whose codes are entropy coded: any rate, near the limit.",
+    codec=_rate,
+    solver=_feedback,
+    needs=("ectcq2",),
+    differs="Not a paper's on language models.",
+    claims=(Claim("Entropy-coded trellises beat integers with error feedback.", "gptq", (2, 3, 4), 0.6),),
+)

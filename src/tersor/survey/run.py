@@ -1,0 +1,202 @@
+"""The survey: every recipe at every number of bits, each result kept as soon as it is there."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tersor import pipeline
+from tersor.anatomy import cache_folder
+from tersor.errors import BadInput
+from tersor.recipes import Recipe, chosen
+from tersor.stages.context import Progress, silent
+from tersor.stages.options import Options
+from tersor.stages.text import prepare_texts
+from tersor.stages.weights import check_finite
+from tersor.survey.bench import Bench, blank, measure_shared, open_bench, run_recipe
+from tersor.survey.page import write_page
+from tersor.survey.records import Database, Outcome
+from tersor.survey.verdicts import Verdict, verdicts
+
+STAGE = "survey"
+DATABASE = "survey.sqlite"
+PAGE = "survey.html"
+
+Told = Callable[[Outcome], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a survey is asked for. ``processes``: recipes run side by side. ``retry``: run again what failed before."""
+
+    model: str | Path | nn.Module
+    output: Path
+    bits: tuple[float, ...]
+    options: Options
+    recipes: tuple[str, ...] | None = None
+    processes: int = 1
+    retry: bool = False
+    cache_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not self.bits or not all(0.5 <= bits <= 8 for bits in self.bits):
+            raise BadInput(
+                f"--bits {','.join(f'{bits:g}' for bits in self.bits)} cannot be used; give numbers from 0.5 to 8, "
+                f"such as 2,3,4."
+            )
+        if len(set(self.bits)) < len(self.bits):
+            raise BadInput(f"--bits {','.join(f'{bits:g}' for bits in self.bits)} names a number twice.")
+        if self.processes < 1:
+            raise BadInput(f"--workers {self.processes} cannot be used; give a whole number of at least 1.")
+        if self.processes > 1 and isinstance(self.model, nn.Module):
+            raise BadInput("A model that is already in memory is surveyed in one process; give its folder instead.")
+
+
+@dataclass(frozen=True)
+class Survey:
+    """All that is known of a model after a survey, results of earlier ones in the same folder included."""
+
+    model: str
+    outcomes: tuple[Outcome, ...]
+    verdicts: tuple[Verdict, ...]
+    page: Path
+    database: Path
+    new: int
+
+
+def run_survey(request: Request, *, progress: Progress = silent, told: Told | None = None) -> Survey:
+    """Run what is not in the database yet, and write the page. ``told`` gets each new outcome.
+
+    A recipe that fails is recorded with its error, and the survey goes on. Killed and run again, it repeats nothing
+    that was finished. Raises a :class:`~tersor.errors.TersorError` for bad input.
+    """
+    picked = chosen(request.recipes)
+    _make_folder(request.output)
+    with pipeline.one_thread_each():
+        bench = _open(request, progress)
+        measure_shared(bench)
+        database = Database(request.output / DATABASE)
+        try:
+            return _run(request, bench, picked, database, progress, told)
+        finally:
+            database.close()
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"The folder {path} cannot be made ({error.strerror}); give another --output.") from error
+
+
+def _open(request: Request, progress: Progress) -> Bench:
+    context = pipeline.light_context(request.model, request.options, progress=progress, cache_dir=request.cache_dir)
+    context.check_streamed()
+    texts = prepare_texts(
+        context.source,
+        request.options,
+        cache=cache_folder(request.cache_dir),
+        workers=context.workers,
+        progress=progress,
+    )
+    bench = open_bench(context, texts, request.output / "work")
+    check_finite(replace(context, work=bench.work))
+    return bench
+
+
+def _run(
+    request: Request,
+    bench: Bench,
+    picked: dict[str, Recipe],
+    database: Database,
+    progress: Progress,
+    told: Told | None,
+) -> Survey:
+    steps = len(bench.context.anatomy.blocks) + 1
+    pairs = [(recipe, bits) for bits in request.bits for recipe in picked.values()]
+    progress(STAGE, 0, len(pairs) * steps)
+    open_pairs, done, new = [], 0, 0
+
+    def keep(outcome: Outcome) -> None:
+        nonlocal done, new
+        database.add(outcome)
+        done, new = done + 1, new + 1
+        _written(request, bench, database)
+        progress(STAGE, done * steps, len(pairs) * steps)
+        if told is not None:
+            told(outcome)
+
+    for recipe, bits in pairs:
+        outline = blank(bench, recipe, bits)[0]
+        before = database.find(outline)
+        if before is not None and not (request.retry and before.status == "failed"):
+            done += 1
+        elif outline.status != "measured":
+            keep(outline)
+        else:
+            open_pairs.append((recipe, bits))
+    progress(STAGE, done * steps, len(pairs) * steps)
+    if request.processes == 1:
+        for recipe, bits in open_pairs:
+            keep(
+                run_recipe(bench, recipe, bits, lambda block: progress(STAGE, done * steps + block, len(pairs) * steps))
+            )
+    else:
+        for outcome in _side_by_side(request, bench, open_pairs):
+            keep(outcome)
+    return _written(request, bench, database, new)
+
+
+def _written(request: Request, bench: Bench, database: Database, new: int = 0) -> Survey:
+    """The page as of now; it is written after every result, so that a long survey can be watched."""
+    outcomes = database.outcomes(bench.context.source.fingerprint(), bench.key)
+    known = chosen(None)
+    found = verdicts(known, outcomes)
+    page = request.output / PAGE
+    write_page(page, bench, known, outcomes, found)
+    return Survey(str(bench.context.source.origin), tuple(outcomes), tuple(found), page, request.output / DATABASE, new)
+
+
+def _side_by_side(request: Request, bench: Bench, pairs: list[tuple[Recipe, float]]) -> Iterator[Outcome]:
+    """Outcomes as they come, each from a process of its own: one that dies takes nothing with it."""
+    spawn = multiprocessing.get_context("spawn")
+    waiting = list(reversed(pairs))
+    running: dict[Connection, tuple[Any, Recipe, float]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < request.processes:
+                recipe, bits = waiting.pop()
+                ours, theirs = spawn.Pipe(duplex=False)
+                process = spawn.Process(target=_child, args=(request, recipe.name, bits, theirs), daemon=True)
+                process.start()
+                theirs.close()
+                running[ours] = (process, recipe, bits)
+            for ready in wait(list(running)):
+                assert isinstance(ready, Connection)
+                process, recipe, bits = running.pop(ready)
+                try:
+                    outcome = ready.recv()
+                except EOFError:
+                    process.join()
+                    why = f"Its process ended with code {process.exitcode}, perhaps for want of memory."
+                    outcome = replace(blank(bench, recipe, bits)[0], status="failed", error=why)
+                process.join()
+                ready.close()
+                yield outcome
+    finally:
+        for process, _, _ in running.values():
+            process.terminate()
+
+
+def _child(request: Request, name: str, bits: float, answer: Connection) -> None:
+    """What a process of its own does: one recipe at one number of bits."""
+    with pipeline.one_thread_each():
+        recipe = chosen(request.recipes)[name]
+        answer.send(run_recipe(_open(request, silent), recipe, bits, lambda _: None))
+    answer.close()
