@@ -42,6 +42,8 @@ LEAVES = [
     "bin2:g32:s8",
     "bin3:row:bf16",
     "fdb:g64",
+    "mxfp4:e2m1:g32",
+    "mxfp6:e3m2:g64",
     "e8p:row",
     "pvq2:n16",
     "pvq2:n24",

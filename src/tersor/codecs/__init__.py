@@ -8,6 +8,7 @@ from tersor.codecs.integer import Integer
 from tersor.codecs.lattice import E8P
 from tersor.codecs.lookup import LookupTable
 from tersor.codecs.low_rank import LowRank
+from tersor.codecs.microscaling import MicroFloat
 from tersor.codecs.pyramid import Pyramid
 from tersor.codecs.rotated import Rotated
 from tersor.codecs.rows import RowStretches
@@ -27,6 +28,7 @@ __all__ = [
     "Integer",
     "LookupTable",
     "LowRank",
+    "MicroFloat",
     "Pyramid",
     "Rotated",
     "RowStretches",
