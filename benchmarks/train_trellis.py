@@ -3,9 +3,9 @@
     python benchmarks/train_trellis.py [--bits 3 4] [--print]
 
 Deterministic, table by table, for one version of torch. For each rate and window, many window maps are drawn. Each
-gets a short LBG run (Viterbi search, then centroids) on unit Gaussian tiles, and the best ones a long run; the best table
-is then rounded to int8 and settled by a few more rounds. The NumPy decoder's copy of the tables is written too. Tables
-that artifacts have been written with must never change: new ones need a new name of the codec.
+gets a short LBG run (Viterbi search, then centroids) on unit Gaussian tiles, and the best ones a long run; the table of
+the best is then rounded to int8 and settled by a few more rounds. The NumPy decoder's copy of the tables is written
+too. Tables that artifacts have been written with must never change: new ones need a new name of the codec.
 """
 
 from __future__ import annotations
