@@ -109,7 +109,7 @@ class E8P(RowScaled):
     @property
     def ratios(self) -> tuple[float, ...]:
         # For a Gaussian the best scale is about .97 of its standard deviation; heavy tails want more.
-        return (0.76, 0.82, 0.88, 0.94, 0.97, 1.0, 1.06, 1.14, 1.25, 1.4)
+        return (0.8, 0.9, 0.97, 1.06, 1.2, 1.4)
 
     def unit(self, codes: Tensor) -> Tensor:
         return codewords().to(codes.device)[codes.long()]
