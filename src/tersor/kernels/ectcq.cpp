@@ -27,6 +27,8 @@ constexpr int SYMBOLS = 32, REACH = 15, SHRINKS = 5, RENORM = 256;
 
 static inline int floor_div2(int k) { return k >> 1; }
 
+namespace {  // types of this file alone
+
 struct Model {
     const float* price;   // (2, SYMBOLS): bits of a symbol, raw bits included
     const float* shrink;  // (SHRINKS): how much nearer to zero than k a value is, by |k|
@@ -57,6 +59,8 @@ struct Trellis {
         }
     }
 };
+
+}  // namespace
 
 TERSOR_CLONES
 static void column(const float* x, size_t rows, const float* lambda, float weight, const Model& model,

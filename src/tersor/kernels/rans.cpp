@@ -25,6 +25,8 @@ static void require(bool ok, const char* what) {
     if (!ok) throw std::invalid_argument(what);
 }
 
+namespace {  // types of this file alone
+
 struct Table {
     int32_t frequency[2][SYMBOLS], before[2][SYMBOLS];
     uint8_t symbol[2][TOTAL];
@@ -76,6 +78,8 @@ struct Writer {
     }
 };
 
+}  // namespace
+
 // Returns the bytes that the stream takes; writes it only when it fits.
 static size_t encode(MatI codes, VecI classes, CubeI frequency, VecI low, OutB stream) {
     const size_t rows = codes.shape(0), columns = codes.shape(1);
@@ -122,6 +126,8 @@ static size_t encode(MatI codes, VecI classes, CubeI frequency, VecI low, OutB s
     return used;
 }
 
+namespace {
+
 struct Reader {
     const uint8_t* at;
     const uint8_t* end;
@@ -142,6 +148,8 @@ struct Reader {
         return value;
     }
 };
+
+}  // namespace
 
 static void decode(VecB stream, VecI classes, CubeI frequency, VecI low, int states, int h0, int h1, OutI codes) {
     const size_t rows = codes.shape(0), columns = codes.shape(1);
