@@ -42,6 +42,12 @@ Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn by cha
 Candidates = Annotated[
     str | None, typer.Option(help="Codecs to choose from, comma-separated, such as int3:g64,int4:g64,bf16.")
 ]
+Effort = Annotated[
+    str,
+    typer.Option(
+        "--effort", help="fast (scalar codecs only), normal, or best (longer searches, several times as slow)."
+    ),
+]
 SolverName = Annotated[str, typer.Option("--solver", help="coordinate, feedback or nearest.")]
 Sensitivity = Annotated[str, typer.Option(help="fisher (one backward pass) or flat (all layers alike).")]
 AllocatorName = Annotated[str, typer.Option("--allocator", help="exact or lagrangian.")]
@@ -96,6 +102,7 @@ def plan(
     length: Length = 256,
     seed: Seed = 0,
     candidates: Candidates = None,
+    effort: Effort = "normal",
     solver: SolverName = "coordinate",
     sensitivity: Sensitivity = "fisher",
     allocator: AllocatorName = "exact",
@@ -143,6 +150,7 @@ def compress(
     samples: Annotated[int, typer.Option(help="Prompts continued before and after, for the report (0 to 2).")] = 2,
     seed: Seed = 0,
     candidates: Candidates = None,
+    effort: Effort = "normal",
     solver: SolverName = "coordinate",
     sensitivity: Sensitivity = "fisher",
     allocator: AllocatorName = "exact",

@@ -160,7 +160,10 @@ class LeafCodec(Codec):
     """
 
     span: ClassVar[int] = 1
-    """Input columns that are rounded together: 1 for scalars, 8 for E8, 16 for a trellis tile."""
+    """Input columns that are rounded together: 1 for scalars and for trellises down a column, 8 for E8."""
+
+    costly: ClassVar[bool] = False
+    """Whether rounding is a long search, so that solvers should not round a second time for little."""
 
     code_dtype: ClassVar[torch.dtype] = torch.int32
     """Of the codes that :meth:`round` returns: int64 where those of a span do not fit 31 bits."""
@@ -274,10 +277,16 @@ class Encode(Protocol):
 
 
 class CompositeCodec(Codec):
-    """A codec made of others: a sum, a split, a change of basis. Encodes a layer as a whole.
+    """A codec made of others: a sum, a split, a change of basis. Names of inner parts get a prefix ending in ``_``."""
 
-    The names of an inner codec's parts get a prefix that ends in ``_``.
-    """
+    @property
+    def by_rows(self) -> bool:
+        """Whether any whole tiles can be encoded by themselves, after :meth:`learn`; else only a layer as a whole."""
+        return False
+
+    def learn(self, weight: Tensor, gram: Gram | None) -> CompositeCodec:
+        """As :meth:`LeafCodec.learn`, for codecs that go by rows."""
+        return self
 
     @abstractmethod
     def encode(self, weight: Tensor, gram: Gram | None, encode: Encode) -> tuple[dict[str, Tensor], Tensor]:

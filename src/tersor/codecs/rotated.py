@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from tersor.codecs.text import Words, parse, reads
-from tersor.contracts import Codec, CompositeCodec, Encode, Gram, Part, Shape
+from tersor.contracts import Codec, CompositeCodec, Encode, Gram, LeafCodec, Part, Shape
 from tersor.kernels.hadamard import rotate, unrotate
 
 _PREFIX = "r_"
@@ -43,6 +43,14 @@ class Rotated(CompositeCodec):
     @property
     def sampled(self) -> bool:
         return self.inner.sampled
+
+    @property
+    def by_rows(self) -> bool:
+        return isinstance(self.inner, LeafCodec) and self.inner.sampled
+
+    def learn(self, weight: Tensor, gram: Gram | None) -> Rotated:
+        # An inner codec that goes by rows learns from a layer's shape alone, which rotation leaves as it is.
+        return replace(self, inner=self.inner.learn(weight, gram)) if isinstance(self.inner, LeafCodec) else self
 
     def encode(self, weight: Tensor, gram: Gram | None, encode: Encode) -> tuple[dict[str, Tensor], Tensor]:
         def turned() -> Gram:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -28,12 +29,11 @@ class Encoder:
         self.workers = workers
         self.notes: list[str] = []
         self._ready: dict[tuple[int, int], tuple[Gram | None, Solver, Any]] = {}
+        self._lock = threading.Lock()
         self._transformed: dict[tuple[int, str], tuple[Gram, Gram]] = {}
 
     def __call__(self, weight: Tensor, codec: Codec, gram: Gram | None) -> tuple[dict[str, Tensor], Tensor]:
         """Stored tensors and decoded values for ``weight (out, in)`` float32; see :class:`tersor.contracts.Encode`."""
-        if isinstance(codec, CompositeCodec):
-            return codec.encode(weight, gram, self)
         shape = (weight.shape[0], weight.shape[1])
         if not isinstance(codec, LeafCodec):
             return self.rows(weight, codec, gram)
@@ -54,6 +54,8 @@ class Encoder:
 
     def rows(self, weight: Tensor, codec: Codec, gram: Gram | None) -> tuple[dict[str, Tensor], Tensor]:
         """The same for whole tiles of a layer, on one thread; the codec has learned what it needs of the layer."""
+        if isinstance(codec, CompositeCodec):
+            return codec.encode(weight, gram, self)
         if isinstance(codec, DirectCodec):
             tensors = codec.encode(weight, gram)
             return tensors, codec.decode(tensors, (weight.shape[0], weight.shape[1]))
@@ -70,23 +72,27 @@ class Encoder:
 
     def transformed(self, gram: Gram, key: str, make: Callable[[], Gram]) -> Gram:
         """See :class:`tersor.contracts.Encode`."""
-        if (id(gram), key) not in self._transformed:
-            self._transformed[id(gram), key] = (gram, make())
-        return self._transformed[id(gram), key][1]
+        with self._lock:
+            if (id(gram), key) not in self._transformed:
+                self._transformed[id(gram), key] = (gram, make())
+            return self._transformed[id(gram), key][1]
 
     def prepared(self, gram: Gram | None, span: int) -> tuple[Gram | None, Solver, Any]:
         """The solver used with a Gram matrix, and what it prepared; nearest rounding when all else fails."""
         key = (id(gram), span)
-        if key not in self._ready:
-            if gram is None and self.solver.needs_gram:
-                self._ready[key] = (gram, Nearest(), None)
-            else:
-                try:
-                    self._ready[key] = (gram, self.solver, self.solver.prepare(gram, span))
-                except NotPositiveDefinite as error:
-                    self.notes.append(f"{error} It was rounded to nearest instead.")
-                    self._ready[key] = (gram, Nearest(), gram)
-        return self._ready[key]
+        with self._lock:
+            if key not in self._ready:
+                self._ready[key] = self._prepare(gram, span)
+            return self._ready[key]
+
+    def _prepare(self, gram: Gram | None, span: int) -> tuple[Gram | None, Solver, Any]:
+        if gram is None and self.solver.needs_gram:
+            return gram, Nearest(), None
+        try:
+            return gram, self.solver, self.solver.prepare(gram, span)
+        except NotPositiveDefinite as error:
+            self.notes.append(f"{error} It was rounded to nearest instead.")
+            return gram, Nearest(), gram
 
 
 def chunk_of(codec: Codec, rows: int) -> int:

@@ -252,7 +252,7 @@ def _points(
 
 def layer_candidates(context: Context, layer: Layer) -> dict[str, Codec]:
     """Codecs to choose from for a layer, by text. Raises ShapeMismatch when none of those asked for can take it."""
-    texts = context.options.candidates or default_candidates(layer.shape[1])
+    texts = context.options.candidates or default_candidates(layer.shape[1], context.options.effort)
     codecs = parsed(texts)
     fitting = usable(codecs, layer)
     if not fitting:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.artifact import ArtifactWriter
-from tersor.contracts import Codec, DirectCodec, Gram, Layer, LeafCodec, Stretch
+from tersor.contracts import Codec, CompositeCodec, DirectCodec, Gram, Layer, LeafCodec, Stretch
 from tersor.errors import NotFinite
 from tersor.parallel import in_order
 from tersor.runtime.stream import BlockStream
@@ -223,7 +223,8 @@ def encode_layer(
         }
         shape = (stretch.stop - stretch.start, layer.shape[1])
         direct = isinstance(stretch.codec, DirectCodec) and not any(part.shared for part in stretch.codec.parts(shape))
-        by_rows = direct or isinstance(stretch.codec, LeafCodec)
+        composed = isinstance(stretch.codec, CompositeCodec) and stretch.codec.by_rows
+        by_rows = direct or composed or isinstance(stretch.codec, LeafCodec)
         if by_rows:
             errors = _encode_by_rows(context, layer, flat, stretch, ready, own)
         else:
@@ -248,7 +249,7 @@ def _encode_by_rows(
     shape = (rows, layer.shape[1])
     shared = {part.name for part in stretch.codec.parts(shape) if part.shared}
     codec = stretch.codec
-    if isinstance(codec, LeafCodec):
+    if isinstance(codec, LeafCodec | CompositeCodec):
         codec = codec.learn(flat[stretch.start : stretch.stop], _mean_gram(ready))
     step, tile = chunk_of(stretch.codec, rows), stretch.codec.tile(rows)
     pieces = [

@@ -17,6 +17,10 @@ SolverName = Literal["coordinate", "feedback", "nearest"]
 SensitivityName = Literal["fisher", "flat"]
 AllocatorName = Literal["exact", "lagrangian"]
 DtypeName = Literal["bfloat16", "float32"]
+EffortName = Literal["fast", "normal", "best"]
+
+LEAST_TRELLIS = 256
+"""Fewer inputs than this are left to scalar codecs: a trellis's scale for each row would weigh too much there."""
 
 RUNTIME_TILE = 4 * 2**20
 """Bytes of decoded weights that a packed layer holds while it multiplies."""
@@ -85,7 +89,13 @@ def parse_budget(size: str | None, memory: str | None, bpw: float | None) -> Bud
     return Budget(kind, parse_bytes(text, f"--{kind}"))
 
 
-_CHOICES = {"solver": SolverName, "sensitivity": SensitivityName, "allocator": AllocatorName, "dtype": DtypeName}
+_CHOICES = {
+    "solver": SolverName,
+    "sensitivity": SensitivityName,
+    "allocator": AllocatorName,
+    "dtype": DtypeName,
+    "effort": EffortName,
+}
 _COUNTS = {
     "sequences": (2, None),
     "length": (8, None),
@@ -103,7 +113,8 @@ class Options:
     """Everything that decides the bytes of an artifact, and a few things (last four) that do not.
 
     ``text``: calibration text (None: sampled from the model itself). ``sequences``, ``length``: how much of it.
-    ``candidates``: codec texts to choose from (None: the default list). ``solver``: ``coordinate``, ``feedback`` or
+    ``candidates``: codec texts to choose from (None: the default list, which ``effort`` decides: ``fast`` without
+    trellises, ``best`` with longer ones). ``solver``: ``coordinate``, ``feedback`` or
     ``nearest``. ``sensitivity``: ``fisher`` or ``flat``. ``propagate``: statistics for a block come from
     the already compressed blocks before it. ``share_fused``: layers that engines fuse get one codec.
     ``eval_text``: what the final quality is measured on (None: text held out from the calibration).
@@ -117,6 +128,7 @@ class Options:
     length: int = 256
     seed: int = 0
     candidates: tuple[str, ...] | None = None
+    effort: EffortName = "normal"
     solver: SolverName = "coordinate"
     sensitivity: SensitivityName = "fisher"
     allocator: AllocatorName = "exact"
@@ -151,8 +163,20 @@ class Options:
         return plain
 
 
-def default_candidates(in_features: int) -> tuple[str, ...]:
+def default_candidates(in_features: int, effort: EffortName = "normal") -> tuple[str, ...]:
     """Codecs worth measuring for a layer with ``in_features`` inputs; see docs/LOG.md for the choice."""
+    scalars = _scalar_candidates(in_features)
+    if effort == "fast" or in_features < LEAST_TRELLIS:
+        return scalars
+    window = {"normal": 12, "best": 14}[effort]
+    trellises = [f"rot(trellis{bits}:L{window})" for bits in range(1, 5)]
+    if effort == "best":
+        trellises += [f"trellis{bits}:L{window}" for bits in range(1, 5)]
+    # Above 4 bits a trellis is no longer worth its search, below it no scalar codec is near it.
+    return (*trellises, *(text for text in scalars if re.match(r"int[568]|bf16", text)))
+
+
+def _scalar_candidates(in_features: int) -> tuple[str, ...]:
     groups = [g for g in (64, 32) if in_features % g == 0]
     forms = (
         [f"g{g}:s8" for g in groups] or [f"g{g}:s8" for g in (48, 40, 24, 16) if in_features % g == 0][:1] or ["row"]
