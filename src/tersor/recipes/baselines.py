@@ -9,7 +9,7 @@ from tersor.contracts import Codec, Encoded, Gram, LeafCodec, Shape, Solver
 from tersor.recipes.fit import fullest, grouped, integer
 from tersor.recipes.recipe import Claim, Paper, Prepared
 from tersor.recipes.registry import recipe
-from tersor.solvers import CoordinateDescent, ErrorFeedback, HalfQuadratic, Nearest
+from tersor.solvers import CoordinateDescent, ErrorFeedback, FullRange, HalfQuadratic, Nearest
 
 _SAMPLED_ROWS = 256
 _EXPONENTS = 11
@@ -34,11 +34,11 @@ def gptq() -> Solver:
 recipe(
     name="rtn",
     paper=Paper("Round to nearest"),
-    summary="Every weight to the nearest of a symmetric integer grid with a scale for 64 columns; no calibration.",
+    summary="Every weight to the nearest of an integer grid that reaches its group's largest; no calibration.",
     codec=uniform,
-    solver=Nearest,
+    solver=FullRange,
     calibrated=False,
-    differs="Scales are those of least squared error, not of the largest weight: stronger than the usual baseline.",
+    differs="The grid is symmetric without a zero (values are odd multiples of half a step).",
 )
 
 recipe(

@@ -14,7 +14,7 @@ from tersor.recipes.baselines import gptq, uniform
 from tersor.recipes.fit import fullest, grouped, integer
 from tersor.recipes.recipe import Claim, NothingFits, Paper
 from tersor.recipes.registry import recipe
-from tersor.solvers import Alternating, CoordinateDescent, ErrorFeedback, Nearest
+from tersor.solvers import Alternating, CoordinateDescent, ErrorFeedback, FullRange, Nearest
 
 _RANGE_FACTOR = 0.9
 """FineQuant's alpha: a halved group must shrink the mean range below this part to be worth its scales."""
@@ -55,7 +55,7 @@ recipe(
     ),
     summary="Each matrix starts with a scale per row and halves its groups while that narrows their ranges enough.",
     codec=_fine,
-    solver=Nearest,
+    solver=FullRange,
     refine=_coarsened,
     calibrated=False,
     differs=(
@@ -145,4 +145,26 @@ recipe(
     refine=_best_float,
     differs="Weights only; the search is by weight error, with a scale for each group instead of a real-valued bias.",
     claims=(Claim("Searched FP4 is better than integers.", "rtn", (4,)),),
+)
+
+
+def _power_scaled(bits: float, shape: Shape) -> str:
+    if not 4 <= bits < 6:
+        raise NothingFits(f"Microscaling recipes here have 4 bits; {bits:.3f} were given.")
+    return fullest(grouped("mxfp4:e2m1:{}", shape[1]), bits, shape)
+
+
+recipe(
+    name="zeroquant-fp-m1",
+    paper=Paper(
+        "ZeroQuant-FP: A Leap Forward in LLMs Post-Training W4A8 Quantization Using Floating-Point Formats",
+        "2307.09782",
+        "S184",
+    ),
+    summary="FP4 weights whose group scales are powers of two, rounded with error feedback.",
+    codec=_power_scaled,
+    solver=gptq,
+    needs=("mxfp4:e2m1:g32",),
+    differs="Weights only; scales are 8-bit exponents, so groups are finer than with float16 scales at equal bytes.",
+    claims=(Claim("Power-of-two scales cost little against free ones.", "zeroquant-fp", (4,), 1.1),),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tersor.contracts import Shape
-from tersor.recipes.fit import fullest, groups
+from tersor.recipes.fit import fullest, grouped, groups
 from tersor.recipes.recipe import Claim, NothingFits, Paper
 from tersor.recipes.registry import readable, recipe
 from tersor.solvers import ErrorFeedback
@@ -32,6 +32,24 @@ def _ternary(bits: float, shape: Shape) -> str:
     if bits > 3:
         raise NothingFits(f"Ternary weights are for up to 3 bits; {bits:.3f} were given.")
     return fullest(["ternary:row", *(f"ternary:g{size}" for size in groups(shape[1]))], bits, shape)
+
+
+def _pyramid(bits: float, shape: Shape) -> str:
+    spans = [size for size in groups(shape[1], 8) if size <= 64]
+    texts = [f"pvq{width}:n{size}" for width in range(1, 7) for size in spans]
+    return f"rot({fullest([text for text in texts if readable(text)], bits, shape)})"
+
+
+def _planes(bits: float, shape: Shape) -> str:
+    texts = [f"bin{width}" if width > 1 else "bin" for width in range(1, 5)]
+    sizes = ["row", *(f"g{size}" for size in groups(shape[1]))]
+    return fullest([f"{text}:{size}" for text in texts for size in sizes], bits, shape)
+
+
+def _dual(bits: float, shape: Shape) -> str:
+    if bits > 3:
+        raise NothingFits(f"Dual binary weights have 2 bits; {bits:.3f} were given.")
+    return fullest(grouped("fdb:{}", shape[1]), bits, shape)
 
 
 def _rate(bits: float, shape: Shape) -> str:
@@ -95,4 +113,37 @@ recipe(
     needs=("ectcq2",),
     differs="Not a paper's on language models.",
     claims=(Claim("Entropy-coded trellises beat integers with error feedback.", "gptq", (2, 3, 4), 0.6),),
+)
+
+recipe(
+    name="pvq",
+    paper=Paper("Pyramid Vector Quantization for LLMs", "2410.16926", "S151"),
+    summary="Shape and gain in a rotated basis; shapes are numbered, no codebook is stored; error feedback.",
+    codec=_pyramid,
+    solver=_feedback,
+    needs=("pvq3:n16",),
+    differs="Rows alone are rotated; a gain is 8 bits for each vector. The paper fits gains to their distribution.",
+    claims=(Claim("At about 3.25 bits it beats GPTQ.", "gptq", (3,)),),
+)
+
+recipe(
+    name="residual-binary",
+    paper=Paper("BiLLM: Pushing the Limit of Post-Training Quantization for LLMs (its residual planes)", "2402.04291"),
+    summary="A sum of sign planes, each with a scale for each group; error feedback.",
+    codec=_planes,
+    solver=_feedback,
+    needs=("bin2:g64",),
+    differs="All weights get the same number of planes; no salient columns, no split by magnitude.",
+    claims=(Claim("Beats partial binarization at equal bytes.", "pb-llm", (2,)),),
+)
+
+recipe(
+    name="db-llm",
+    paper=Paper("DB-LLM: Accurate Dual-Binarization for Efficient LLMs", "2402.11960", "S057"),
+    summary="Two planes of {0, 1} with scales of their own; error feedback.",
+    codec=_dual,
+    solver=_feedback,
+    needs=("fdb:g64",),
+    differs="Scales by least squares; no distillation.",
+    claims=(Claim("Two learned planes beat the fixed 2-bit grid.", "gptq", (2,)),),
 )

@@ -4,6 +4,7 @@ from tersor.solvers.alternating import Alternating
 from tersor.solvers.coordinate import CoordinateDescent
 from tersor.solvers.encode import ROW_CHUNK, Encoder, chunk_of
 from tersor.solvers.feedback import ErrorFeedback
+from tersor.solvers.full_range import FullRange
 from tersor.solvers.half_quadratic import HalfQuadratic
 from tersor.solvers.nearest import Nearest
 
@@ -13,6 +14,7 @@ __all__ = [
     "CoordinateDescent",
     "Encoder",
     "ErrorFeedback",
+    "FullRange",
     "HalfQuadratic",
     "Nearest",
     "chunk_of",

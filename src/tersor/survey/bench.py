@@ -42,6 +42,19 @@ SIDE = 16 / 64
 HEAD_TOKENS = 256
 _DONE = "shared.json"
 _STAGE = "statistics"
+_OF_RECIPES = (
+    TersorError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    NameError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What a recipe from outside can raise; it is recorded and the survey goes on. A failing disk stops the survey."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +153,7 @@ def blank(bench: Bench, recipe: Recipe, bits: float) -> tuple[Outcome, dict[tupl
                 codecs[layer.shape] = recipe.codec_for(bits + SIDE, layer.shape)
     except NothingFits as reason:
         status, error = "skipped", str(reason)
-    except Exception as reason:  # whatever a recipe from outside does, the survey goes on
+    except _OF_RECIPES as reason:
         status, error = "failed", _told(reason)
     settings = {
         "codecs": {f"{rows}x{columns}": str(codec) for (rows, columns), codec in codecs.items()},
@@ -175,7 +188,7 @@ def run_recipe(bench: Bench, recipe: Recipe, bits: float, progress: Callable[[in
     found: dict[str, Any]
     try:
         found = _measure(bench, recipe, codecs, progress)
-    except Exception as error:  # as above
+    except _OF_RECIPES as error:
         found = {"status": "failed", "error": _told(error)}
     return Outcome(
         **{
@@ -199,6 +212,7 @@ def _measure(
     tokens = bench.work.load(_DONE)["tokens"]
     stream = context.stream()
     total, errors = 0, []
+    notes: dict[str, None] = {}
     try:
         with torch.no_grad():
             states = _pieces(bench.work.load_tensors("begin.safetensors")["states"], context.chunk)
@@ -217,6 +231,7 @@ def _measure(
                         )
                         total += used
                         errors += error
+                        notes.update({f"{layer.name}: {note}": None for note in encoder[1].notes})
                     states = _advance(bench, stream, module, block, states)
                 give_back()
                 progress(block + 1)
@@ -233,6 +248,7 @@ def _measure(
         "output_error": math.fsum(errors) / len(errors) if errors else None,
         "perplexity": quality.perplexity,
         "top1": quality.top1,
+        "error": " ".join(notes),
     }
 
 

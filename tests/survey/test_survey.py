@@ -1,0 +1,156 @@
+"""Whole surveys of a tiny model: results, resumption after a kill, several processes, failures, the page."""
+
+from __future__ import annotations
+
+import json
+import re
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from tersor import api
+from tersor.cli import app
+from tersor.errors import BadInput
+from tersor.survey import Outcome, Survey
+
+SETTINGS: dict[str, Any] = {"sequences": 4, "length": 32, "eval_sequences": 3}
+RECIPES = ("rtn", "gptq", "quantease")
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the survey may catch it."""
+
+
+@pytest.fixture
+def run(small: Path, words: Path, tmp_path: Path) -> Callable[..., Survey]:
+    def start(**settings: Any) -> Survey:
+        given = {"bits": (2, 3), "recipes": RECIPES, "text": words, "cache_dir": tmp_path / "cache", **SETTINGS}
+        return api.survey(small, tmp_path / "out", **{**given, **settings})
+
+    return start
+
+
+def test_three_recipes_at_two_bit_widths(run: Callable[..., Survey]):
+    found = run()
+    by = {(one.recipe, one.bits): one for one in found.outcomes}
+    assert set(by) == {(recipe, bits) for recipe in RECIPES for bits in (2.0, 3.0)}
+    for one in by.values():
+        assert one.status == "measured", one.error
+        assert one.rate <= one.bits + 0.25
+        assert one.kl > 0
+        assert one.seconds > 0
+        assert one.memory > 0
+        assert len(one.sequences) == SETTINGS["eval_sequences"]
+        assert sum(one.sequences) / 3 == pytest.approx(one.kl)
+    assert by["gptq", 2].output_error < by["rtn", 2].output_error
+    assert by["gptq", 3].output_error < by["gptq", 2].output_error
+    assert by["quantease", 3].output_error < by["gptq", 3].output_error
+    assert {one.word for one in found.verdicts if one.recipe == "quantease"} <= {"holds", "fails", "undecided"}
+    assert found.new == 6
+
+
+def test_a_killed_survey_continues_and_repeats_nothing(run: Callable[..., Survey]):
+    told: list[Outcome] = []
+
+    def stop(outcome: Outcome) -> None:
+        told.append(outcome)
+        if len(told) == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(told=stop)
+    later: list[Outcome] = []
+    stages: list[str] = []
+    found = run(told=later.append, progress=lambda stage, *_: stages.append(stage))
+    assert len(later) == 4
+    assert found.new == 4
+    assert "statistics" not in stages
+    assert {(one.recipe, one.bits) for one in told}.isdisjoint({(one.recipe, one.bits) for one in later})
+    assert len(found.outcomes) == 6
+    assert run().new == 0
+    assert run(recipes=("rtn", "clipping")).new == 2  # and it can be added to
+    assert run(eval_sequences=2).new == 6  # other text, other results
+
+
+def test_results_do_not_depend_on_the_process(run: Callable[..., Survey], tmp_path: Path):
+    alone = run(recipes=("gptq",))
+    side_by_side = run(recipes=("gptq", "rtn"), processes=2, bits=(2, 3), dtype="float32", seed=0)
+    assert side_by_side.new == 2
+    for database in tmp_path.glob("out/*.sqlite"):
+        database.unlink()
+    again = run(recipes=("gptq",), processes=2)
+    assert [(one.bits, one.kl, one.nbytes) for one in sorted(again.outcomes, key=lambda one: one.bits)] == [
+        (one.bits, one.kl, one.nbytes) for one in sorted(alone.outcomes, key=lambda one: one.bits)
+    ]
+
+
+FAILING = """
+from tersor.recipes import Paper, recipe
+from tersor.solvers import Nearest
+
+def broken(weight, codec):
+    raise RuntimeError("no such weight")
+
+recipe(name="broken", paper=Paper("x"), summary="x", codec=lambda bits, shape: "int2:row", solver=Nearest,
+       refine=broken, differs="x")
+recipe(name="too-large", paper=Paper("x"), summary="x", codec=lambda bits, shape: "int8:row", solver=Nearest,
+       differs="x")
+"""
+
+
+def test_a_recipe_that_fails_is_recorded_and_the_survey_goes_on(run: Callable[..., Survey], tmp_path: Path):
+    file = tmp_path / "failing.py"
+    file.write_text(FAILING)
+    found = run(recipes=(str(file), "rtn"), bits=(3,))
+    by = {one.recipe: one for one in found.outcomes}
+    assert by["broken"].status == "failed"
+    assert "RuntimeError: no such weight" in by["broken"].error
+    assert by["too-large"].status == "skipped"
+    assert by["rtn"].status == "measured"
+    assert run(recipes=(str(file),), bits=(3,)).new == 0
+    assert run(recipes=(str(file),), bits=(3,), retry=True).new == 1
+    row = sqlite3.connect(found.database).execute("SELECT error FROM results WHERE recipe = 'broken'").fetchone()
+    assert "no such weight" in row[0]
+
+
+def test_the_page_has_everything_and_loads_nothing(run: Callable[..., Survey]):
+    found = run()
+    page = found.page.read_text()
+    shown = re.sub(r'<script type="text/plain" id="plotly">.*?</script>', "", page, flags=re.DOTALL)
+    assert not re.search(r"(?:src|href)\s*=\s*[\"'](?!#)", shown)
+    assert not re.search(r"https?://|url\(|@import|fetch\(|XMLHttp", shown)
+    assert "default-src 'none'" in shown
+    for word in ("quantease", "No worse than GPTQ on the same grid.", "2309.01885", "Differs:", "int3:"):
+        assert word in shown
+    payload = json.loads(re.search(r'id="survey">(.*?)</script>', shown, flags=re.DOTALL)[1])
+    assert len(payload["points"]) == 6
+    assert {"bytes", "kl", "error", "seconds", "memory"} <= set(payload["points"][0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"recipes": ("gptk",)}, "Did you mean gptq"),
+        ({"recipes": ("missing.py",)}, "does not exist"),
+        ({"bits": (0.1,)}, "0.5 to 8"),
+        ({"bits": (3, 3)}, "twice"),
+        ({"processes": 0}, "--workers 0"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(run: Callable[..., Survey], settings: dict[str, Any], message: str):
+    with pytest.raises(BadInput, match=message):
+        run(**settings)
+
+
+def test_the_command(small: Path, words: Path, tmp_path: Path):
+    arguments = ["survey", str(small), "--bits", "2", "--recipes", "rtn,gptq", "--text", str(words), "--json"]
+    arguments += ["--sequences", "4", "--length", "32", "--eval-sequences", "2", "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert {one["recipe"] for one in found["results"]} == {"rtn", "gptq"}
+    assert Path(found["page"]).exists()
