@@ -22,6 +22,13 @@ TEXTS = [
     "rot(sum(int2:g32,sum(sparse3,lowrank4)))",
     "sparse7",
     "lowrank9",
+    "rot(trellis2:L12)",
+    "rot(trellis3:L10)",
+    "sum(trellis1:L12,lowrank2)",
+    "rot(e8p:row)",
+    "rot(ectcq3)",
+    "sum(ternary:g32,bin:row)",
+    "rows(16:rot(trellis4:L12),40:mxfp4:e2m1:g32)",
     "rows(20:rot(int5:g32),31:sum(int2:g32,lowrank2),40:bf16)",
 ]
 

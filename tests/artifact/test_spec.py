@@ -24,7 +24,7 @@ EXAMPLES = [json.loads(block) for block in re.findall(r"```json example\n(.*?)``
 
 def test_there_is_an_example_for_every_kind_of_codec() -> None:
     kinds = {(parse_codec(example["codec"]).kind, parse_codec(example["codec"]).scales) for example in EXAMPLES}
-    assert {kind for kind, _ in kinds} == {"int", "fp", "lut", "bf16", "fp16", "rows"}
+    assert {kind for kind, _ in kinds} == {"int", "fp", "lut", "bf16", "fp16", "rows", "other"}
     assert {scales for _, scales in kinds} == {"fp16", "bf16", "s8"}
 
 

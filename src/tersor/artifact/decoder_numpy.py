@@ -32,7 +32,7 @@ Parts = dict[str, tuple[str, tuple[int, ...]]]
 
 HEADER_LIMIT = 100_000_000
 JSON_LIMIT = 256_000_000
-NEIGHBOURS = ("decoder_numpy_composed",)
+FAMILIES = ["composed", "trellis", "ectcq", "codebook", "lattice", "pyramid", "binary", "ternary", "microscaling"]
 TILE = 1 << 22
 """Weights decoded at a time; bounds the memory for intermediate values."""
 
@@ -60,8 +60,7 @@ class Codec:
     exponent: int = 0
     stretches: tuple[tuple[int, Codec], ...] = ()
     """Of kind ``rows``: the row before which each stretch ends, and its codec."""
-    text: str = ""
-    """Of kind ``other``: the whole text, for the neighbour that decodes it."""
+    text: str = ""  # of kind ``other``: all of it, for the neighbour that decodes it
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,8 @@ def _parse_leaf(text: str) -> Codec:
 def _neighbour(text: str) -> Any:
     """The file beside this one that decodes a codec: ``HEAD``, ``parts`` and ``decode`` of its own."""
     head = re.split(r"[:(]", text, maxsplit=1)[0]
-    for name in NEIGHBOURS:
+    for family in FAMILIES:
+        name = f"decoder_numpy_{family}"
         module = import_module(f".{name}", __package__) if __package__ else import_module(name)
         if re.fullmatch(module.HEAD, head):
             return module
@@ -132,7 +132,9 @@ def _inner_decode(text: str, arrays: Mapping[str, Array], rows: int, columns: in
     """The weight of a codec inside another, from its raw arrays."""
     codec = parse_codec(text)
     if codec.kind == "other":
-        return np.asarray(_neighbour(text).decode(text, arrays, rows, columns, _inner_decode))
+        family = _neighbour(text)
+        extra = [_inner_decode] if hasattr(family, "RECURSES") else []
+        return np.asarray(family.decode(text, arrays, rows, columns, *extra))
     dtypes = {name: dtype for name, (dtype, _) in parts_of(codec, rows, columns).items()}
     return decode_rows(codec, {name: (dtypes[name], array) for name, array in arrays.items()}, columns)
 
@@ -144,8 +146,8 @@ def _inner_parts(text: str, rows: int, columns: int) -> Parts:
 def parts_of(codec: Codec, rows: int, columns: int) -> Parts:
     """Part name to (dtype, shape): exactly the tensors stored for a weight ``(rows, columns)``."""
     if codec.kind == "other":
-        found: Parts = _neighbour(codec.text).parts(codec.text, rows, columns, _inner_parts)
-        return found
+        family = _neighbour(codec.text)
+        return dict(family.parts(codec.text, rows, columns, *([_inner_parts] if hasattr(family, "RECURSES") else [])))
     if codec.kind == "rows":
         return {
             prefix + name: part
@@ -186,12 +188,11 @@ def packed_bytes(count: int, bits: int) -> int:
 
 
 def unpack(stream: Array, bits: int, count: int) -> Array:
-    """Little-endian bit streams ``(rows, bytes)`` to ``count`` codes a row: code j is bits ``j·bits ...`` of its row."""
+    """Little-endian bit streams ``(rows, bytes)`` to ``count`` codes a row: code j is bits ``j·bits …``."""
     first = np.arange(count) * bits
     wide = np.pad(stream, ((0, 0), (0, 1))).astype(np.uint16)  # a code touches at most two bytes
     two_bytes = wide[:, first // 8] | (wide[:, first // 8 + 1] << 8)
-    codes: Array = (two_bytes >> (first % 8).astype(np.uint16)) & (2**bits - 1)
-    return codes
+    return np.asarray((two_bytes >> (first % 8).astype(np.uint16)) & (2**bits - 1))
 
 
 def to_float32(values: Array, dtype: str) -> Array:
@@ -256,8 +257,7 @@ def decode_rows(codec: Codec, parts: Mapping[str, tuple[str, Array]], columns: i
         values = codes.astype(np.float32) - zero[:, :, None]
     else:
         values = codes.astype(np.float32) - np.float32((2**codec.bits - 1) / 2)
-    weight = values * scale[:, :, None]
-    return weight.reshape(rows, columns)
+    return (values * scale[:, :, None]).reshape(rows, columns)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -17,6 +17,8 @@ Array = NDArray[Any]
 Parts = dict[str, tuple[str, tuple[int, ...]]]
 
 HEAD = r"rot|sum|sparse\d{1,2}(\.\d{1,6})?|lowrank\d{1,5}"
+RECURSES = True
+"""Its functions are also given the same functions for codecs of any family."""
 
 
 def split(text: str, separator: str) -> list[str]:
