@@ -22,8 +22,9 @@ def uniform(bits: float, shape: Shape) -> str:
 
 
 def shifted(bits: float, shape: Shape) -> str:
-    """Integers with a scale and a zero for each group."""
-    return fullest(grouped(f"int{integer(bits)}:{{}}:asym", shape[1]), bits, shape)
+    """Integers with a scale and a zero for each group; where not even one zero a row fits, without zeros."""
+    head = f"int{integer(bits)}"
+    return fullest([*grouped(head + ":{}:asym", shape[1]), f"{head}:row"], bits, shape)
 
 
 def gptq() -> Solver:
