@@ -211,6 +211,7 @@ def survey(
     recipes: Sequence[str] | None = None,
     processes: int = 1,
     retry: bool = False,
+    docs: str | Path | None = None,
     progress: Progress = silent,
     told: Callable[[Outcome], None] | None = None,
     cache_dir: Path | None = None,
@@ -221,8 +222,8 @@ def survey(
     ``recipes``: names, or paths of Python files that call :func:`tersor.recipes.recipe` (default: all there are).
     Results go into ``output/survey.sqlite`` one by one, and into ``output/survey.html``; the same call continues after
     a crash, and others add to it. ``processes``: recipes run side by side. ``retry``: run again what failed before.
-    ``told``: called with each new outcome. Other settings: see :class:`~tersor.stages.options.Options`; the arithmetic
-    is float32 unless ``dtype`` says otherwise.
+    ``docs``: a folder for a page of documentation for each recipe. ``told``: called with each new outcome. Other
+    settings: see :class:`~tersor.stages.options.Options`; the arithmetic is float32 unless ``dtype`` says otherwise.
     """
     workers = settings.pop("workers", None) or max(1, pipeline.available_workers() // max(processes, 1))
     request = Request(
@@ -233,6 +234,7 @@ def survey(
         recipes=None if recipes is None else tuple(recipes),
         processes=processes,
         retry=retry,
+        docs=None if docs is None else Path(docs),
         cache_dir=cache_dir,
     )
     return run_survey(request, progress=progress, told=told)

@@ -146,6 +146,15 @@ def test_bad_input_is_refused_before_any_work(run: Callable[..., Survey], settin
         run(**settings)
 
 
+def test_a_page_of_documentation_for_each_recipe(run: Callable[..., Survey], tmp_path: Path):
+    run(docs=tmp_path / "docs")
+    page = (tmp_path / "docs" / "quantease.md").read_text()
+    assert re.search(r"\| 3 \| 3\.\d+ \| \d+\.\d{4} ± ", page)
+    assert re.search(r"\| No worse than GPTQ on the same grid\. \| 3 \| gptq \|.*(holds|fails|undecided) \|", page)
+    assert "25 in the paper" in page
+    assert (tmp_path / "docs" / "awq.md").exists()
+
+
 def test_the_command(small: Path, words: Path, tmp_path: Path):
     arguments = ["survey", str(small), "--bits", "2", "--recipes", "rtn,gptq", "--text", str(words), "--json"]
     arguments += ["--sequences", "4", "--length", "32", "--eval-sequences", "2", "--out", str(tmp_path / "out")]
@@ -154,3 +163,8 @@ def test_the_command(small: Path, words: Path, tmp_path: Path):
     found = json.loads(result.stdout)
     assert {one["recipe"] for one in found["results"]} == {"rtn", "gptq"}
     assert Path(found["page"]).exists()
+    told = CliRunner().invoke(app, [argument for argument in arguments if argument != "--json"])
+    assert told.exit_code == 0, told.output
+    assert "gptq" in told.stdout
+    assert "holds" in told.stdout + told.stderr or "undecided" in told.stdout or "fails" in told.stdout
+    assert CliRunner().invoke(app, [*arguments, "--bits", "two"]).exception is not None

@@ -32,16 +32,7 @@ def write_page(
     verdicts: Sequence[Verdict],
 ) -> None:
     """Write the page to ``path``, whole or not at all. Raises BadInput when it cannot be written."""
-    anatomy = bench.context.anatomy
-    facts = {
-        "Model": f"{bench.context.source.origin} ({anatomy.model_type})",
-        "Weights": f"{bench.weights:,} in {len(bench.layers)} layers are encoded; embeddings, head and norms stay",
-        "Calibration": f"{bench.texts.calibration.tokens:,} tokens of {bench.texts.calibration.origin}",
-        "Held-out text": f"{bench.texts.evaluation.tokens:,} tokens of {bench.texts.evaluation.origin}",
-        "Arithmetic": str(bench.context.dtype).removeprefix("torch."),
-        "Version": __version__,
-    }
-    text = render(facts, recipes, outcomes, verdicts)
+    text = render(setting(bench), recipes, outcomes, verdicts)
     partial = path.with_name(path.name + ".partial")
     try:
         partial.write_bytes(text.encode("utf-8", errors="xmlcharrefreplace"))
@@ -49,6 +40,19 @@ def write_page(
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise BadInput(f"The page cannot be written to {path}: {error.strerror}; give another --output.") from error
+
+
+def setting(bench: Bench) -> dict[str, str]:
+    """What results were measured on, for people."""
+    anatomy = bench.context.anatomy
+    return {
+        "Model": f"{bench.context.source.origin} ({anatomy.model_type})",
+        "Weights": f"{bench.weights:,} in {len(bench.layers)} layers are encoded; embeddings, head and norms stay",
+        "Calibration": f"{bench.texts.calibration.tokens:,} tokens of {bench.texts.calibration.origin}",
+        "Held-out text": f"{bench.texts.evaluation.tokens:,} tokens of {bench.texts.evaluation.origin}",
+        "Arithmetic": str(bench.context.dtype).removeprefix("torch."),
+        "Version": __version__,
+    }
 
 
 def render(

@@ -20,7 +20,8 @@ from tersor.stages.options import Options
 from tersor.stages.text import prepare_texts
 from tersor.stages.weights import check_finite
 from tersor.survey.bench import Bench, blank, measure_shared, open_bench, run_recipe
-from tersor.survey.page import write_page
+from tersor.survey.manual import write_manual
+from tersor.survey.page import setting, write_page
 from tersor.survey.records import Database, Outcome
 from tersor.survey.verdicts import Verdict, verdicts
 
@@ -33,7 +34,11 @@ Told = Callable[[Outcome], None]
 
 @dataclass(frozen=True)
 class Request:
-    """What a survey is asked for. ``processes``: recipes run side by side. ``retry``: run again what failed before."""
+    """What a survey is asked for.
+
+    ``processes``: recipes run side by side. ``retry``: run again what failed before. ``docs``: folder for a page of
+    documentation for each recipe.
+    """
 
     model: str | Path | nn.Module
     output: Path
@@ -42,6 +47,7 @@ class Request:
     recipes: tuple[str, ...] | None = None
     processes: int = 1
     retry: bool = False
+    docs: Path | None = None
     cache_dir: Path | None = None
 
     def __post_init__(self) -> None:
@@ -150,7 +156,10 @@ def _run(
     else:
         for outcome in _side_by_side(request, bench, open_pairs):
             keep(outcome)
-    return _written(request, bench, database, new)
+    found = _written(request, bench, database, new)
+    if request.docs is not None:
+        write_manual(request.docs, chosen(None), found.outcomes, found.verdicts, setting(bench))
+    return found
 
 
 def _written(request: Request, bench: Bench, database: Database, new: int = 0) -> Survey:
