@@ -12,6 +12,9 @@ try:
 except ImportError:
     _trellis = None
 
+compiled: bool = _trellis is not None
+"""Without it a search takes some hundred times as long."""
+
 
 def trellis_search(
     target: Tensor, scale: Tensor, values: Tensor, *, bits: int, window: int, tile: int, context: int

@@ -18,7 +18,7 @@ from tersor.runtime.stream import BlockStream
 from tersor.solvers import Encoder, Nearest
 from tersor.stages.context import Context, Record, block_weights, oriented, parsed
 from tersor.stages.memory import give_back
-from tersor.stages.options import default_candidates, usable
+from tersor.stages.options import default_candidates, searches, usable
 from tersor.stages.sensitivity import advance, backward_from, head_parameter, load_moments
 from tersor.stages.stretches import Measured, combine, stretch_stops
 from tersor.stages.work import Hidden
@@ -267,6 +267,11 @@ def candidate_notes(context: Context) -> tuple[str, ...]:
     """What the user should know of candidates that were asked for and cannot take every layer."""
     layers = context.anatomy.layers
     notes = []
+    if context.options.candidates is None and context.options.effort == "normal" and not searches("normal"):
+        notes.append(
+            "The trellis search was not compiled when tersor was installed, so only scalar codecs were tried: install "
+            "again with a C++ compiler, or give --effort best and a lot of time."
+        )
     for text in context.options.candidates or ():
         refused = [layer for layer in layers if text not in layer_candidates(context, layer)]
         if refused:

@@ -12,11 +12,13 @@ import torch
 
 from tersor.contracts import Anatomy
 from tersor.errors import BadInput
-from tersor.stages.options import Options
+from tersor.stages.options import LEAST_TRELLIS, Options, searches
 from tersor.stages.sensitivity import FISHER_SEQUENCES
 
 _REPORT_BYTES = 3_000_000
 """Most of it is the library that draws the charts; the rest leaves room for a tokenizer."""
+_SEARCHED = {"normal": 0.8e6, "best": 0.15e6}
+"""Weights a second and worker that a trellis search takes, its points on the curves included."""
 _HEAD_TOKENS = 256
 _HEAD_COPIES = 5
 """Arrays of (tokens x vocabulary) that the head's backward pass holds at once."""
@@ -114,6 +116,9 @@ def estimate(anatomy: Anatomy, options: Options, workers: int, file_bytes: int) 
     )
     memory = peak_memory(anatomy, options, workers)
     seconds = 20 + flops / machine_speed(workers)
+    if options.candidates is None and searches(options.effort):
+        searched = sum(layer.parameters for layer in anatomy.layers if layer.shape[1] >= LEAST_TRELLIS)
+        seconds += searched / (workers * _SEARCHED[options.effort])
     return Estimate(memory, disk_bytes(anatomy, options, file_bytes), math.ceil(seconds))
 
 

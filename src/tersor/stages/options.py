@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from tersor.contracts import Anatomy, Codec, Layer
 from tersor.errors import BadInput
+from tersor.kernels import trellis
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -166,7 +167,7 @@ class Options:
 def default_candidates(in_features: int, effort: EffortName = "normal") -> tuple[str, ...]:
     """Codecs worth measuring for a layer with ``in_features`` inputs; see docs/LOG.md for the choice."""
     scalars = _scalar_candidates(in_features)
-    if effort == "fast" or in_features < LEAST_TRELLIS:
+    if in_features < LEAST_TRELLIS or not searches(effort):
         return scalars
     window = {"normal": 12, "best": 14}[effort]
     trellises = [f"rot(trellis{bits}:L{window})" for bits in range(1, 5)]
@@ -174,6 +175,11 @@ def default_candidates(in_features: int, effort: EffortName = "normal") -> tuple
         trellises += [f"trellis{bits}:L{window}" for bits in range(1, 5)]
     # Above 4 bits a trellis is no longer worth its search, below it no scalar codec is near it.
     return (*trellises, *(text for text in scalars if re.match(r"int[568]|bf16", text)))
+
+
+def searches(effort: EffortName) -> bool:
+    """Whether trellises are among the default candidates: without a compiled search only when they are asked for."""
+    return effort == "best" or (effort == "normal" and trellis.compiled)
 
 
 def _scalar_candidates(in_features: int) -> tuple[str, ...]:
