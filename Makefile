@@ -19,7 +19,7 @@ DEVELOPER := $(VENV)/.installed-for-development
 comma := ,
 SLOW := note: no C++ compiler was found; everything works, but encoding takes about three times as long
 
-.PHONY: demo test lint bench bench-allocation bench-sensitivity clean
+.PHONY: demo test lint bench bench-leaves bench-allocation bench-sensitivity bench-memory bench-resume clean
 .DELETE_ON_ERROR:
 
 demo: $(USER)
@@ -35,7 +35,19 @@ lint: $(DEVELOPER)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: bench-allocation
+bench: bench-leaves bench-allocation
+
+# Mean-squared error of every leaf codec on a unit Gaussian, and the distance to Shannon's bound.
+bench-leaves: $(USER)
+	$(BIN)/python benchmarks/leaves.py
+
+# A model of 1.1 billion random weights: peak memory. Runs killed at random moments and continued: same bytes.
+bench-memory: $(USER)
+	$(BIN)/python benchmarks/big_model.py --work out/big-model
+
+bench-resume: out/reference
+	@test -f $(TEXT) || { echo "name a text to measure on: make bench-resume TEXT=/path/to/text.txt" >&2; exit 1; }
+	$(BIN)/python benchmarks/kill_resume.py --model out/reference --text $(TEXT) --work out/kill-resume
 
 # The reference model is made once; TEXT is a plain text file of some hundred kilobytes, WikiText-2's for the figures here.
 TEXT ?= wikitext2-valid.txt
