@@ -72,7 +72,8 @@ def render(
             facts=facts,
             recipes=recipes,
             rows=[(one, json.loads(one.recipe_settings), (one.recipe, one.bits) in best) for one in rows],
-            verdicts=[(one, recipes[one.recipe]) for one in verdicts],
+            # What was not tested comes last.
+            verdicts=sorted(verdicts, key=lambda one: one.word == "untested"),
             counts=counts,
             side=SIDE,
             sigmas=SIGMAS,
