@@ -17,7 +17,7 @@ from tersor.stages.sensitivity import FISHER_SEQUENCES
 
 _REPORT_BYTES = 3_000_000
 """Most of it is the library that draws the charts; the rest leaves room for a tokenizer."""
-_SEARCHED = {"normal": 0.8e6, "best": 0.15e6}
+_SEARCHED = {"normal": 2.5e6, "best": 0.4e6}
 """Weights a second and worker that a trellis search takes, its points on the curves included."""
 _HEAD_TOKENS = 256
 _HEAD_COPIES = 5

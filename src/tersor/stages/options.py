@@ -169,7 +169,7 @@ def default_candidates(in_features: int, effort: EffortName = "normal") -> tuple
     scalars = _scalar_candidates(in_features)
     if in_features < LEAST_TRELLIS or not searches(effort):
         return scalars
-    window = {"normal": 12, "best": 14}[effort]
+    window = {"normal": 10, "best": 12}[effort]
     trellises = [f"rot(trellis{bits}:L{window})" for bits in range(1, 5)]
     if effort == "best":
         trellises += [f"trellis{bits}:L{window}" for bits in range(1, 5)]
