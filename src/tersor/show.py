@@ -332,7 +332,7 @@ def survey_table(survey: Survey) -> None:
     if claims.rows:
         _console().print(claims)
     untested = sum(verdict.word == "untested" for verdict in survey.verdicts)
-    facts = [("page", str(survey.page)), ("results", str(survey.database))]
+    facts = [("page", str(survey.page)), ("results", f"{survey.database}, {survey.new} of them from this run")]
     if untested:
         facts.append(("not tested", f"{untested} claims, for want of the recipe or its baseline"))
     _facts("Survey", facts)
