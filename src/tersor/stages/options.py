@@ -170,7 +170,8 @@ def default_candidates(in_features: int, effort: EffortName = "normal") -> tuple
     if in_features < LEAST_TRELLIS or not searches(effort):
         return scalars
     window = {"normal": 10, "best": 12}[effort]
-    trellises = [f"rot(trellis{bits}:L{window})" for bits in range(1, 5)]
+    # Points cost a search each: the rate of 1 bit, of use below 2.5 bits overall, is for those who take the time.
+    trellises = [f"rot(trellis{bits}:L{window})" for bits in ((2, 3, 4) if effort == "normal" else (1, 2, 3, 4))]
     if effort == "best":
         trellises += [f"trellis{bits}:L{window}" for bits in range(1, 5)]
     # Above 4 bits a trellis is no longer worth its search, below it no scalar codec is near it.
