@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from leaf_checks import check_numpy_decoder, gaussian, leaf, squared_error
 
+from leaf_checks import check_numpy_decoder, gaussian, leaf, squared_error
 from tersor.artifact import decoder_numpy_lattice
 from tersor.codecs import E8P, parse
 from tersor.codecs.lattice import codewords, patterns
