@@ -49,7 +49,7 @@ def interrupted(compress: Callable[..., Outcome], tmp_path: Path, monkeypatch: p
         patch.setattr(tersor.pipeline, "encode_model", stop)
         outcome = compress()
     assert outcome == Outcome(
-        130, "", "tersor: stopped; the same command continues compress and plan where they were.\n"
+        130, "", "tersor: stopped; the same command continues compress, plan and survey where they were.\n"
     )
     return tmp_path / "out.partial"
 
