@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from tersor.codecs.inner import under
 from tersor.codecs.text import Words, parse, reads
 from tersor.contracts import Codec, CompositeCodec, Encode, Gram, LeafCodec, Part, Shape
 from tersor.kernels.hadamard import rotate, unrotate
@@ -62,14 +63,10 @@ class Rotated(CompositeCodec):
         return {_PREFIX + name: tensor for name, tensor in tensors.items()}, unrotate(values, self.seed)
 
     def decode(self, tensors: Mapping[str, Tensor], shape: Shape) -> Tensor:
-        return unrotate(self.inner.decode(_own(tensors), shape), self.seed)
+        return unrotate(self.inner.decode(under(tensors, _PREFIX), shape), self.seed)
 
     def decode_rows(self, tensors: Mapping[str, Tensor], shape: Shape, rows: slice | Tensor) -> Tensor:
-        return unrotate(self.inner.decode_rows(_own(tensors), shape, rows), self.seed)
-
-
-def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+        return unrotate(self.inner.decode_rows(under(tensors, _PREFIX), shape, rows), self.seed)
 
 
 @reads("rot", form="rot(<codec>)[:seed<n>]", heads=("rot",))

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from tersor.codecs.inner import under
 from tersor.codecs.text import Words, parse, reads
 from tersor.contracts import Codec, Part, Shape, Stretch
 from tersor.errors import BadInput, ShapeMismatch
@@ -70,7 +71,7 @@ class RowStretches(Codec):
     def decode(self, tensors: Mapping[str, Tensor], shape: Shape) -> Tensor:
         return torch.cat(
             [
-                stretch.codec.decode(_own(tensors, stretch), (stretch.stop - stretch.start, shape[1]))
+                stretch.codec.decode(under(tensors, stretch.prefix), (stretch.stop - stretch.start, shape[1]))
                 for stretch in self.stretches(shape[0])
             ]
         )
@@ -84,7 +85,7 @@ class RowStretches(Codec):
             if step == 1:
                 pieces = [
                     stretch.codec.decode_rows(
-                        _own(tensors, stretch),
+                        under(tensors, stretch.prefix),
                         (stretch.stop - stretch.start, in_features),
                         slice(max(first, stretch.start) - stretch.start, min(end, stretch.stop) - stretch.start),
                     )
@@ -100,18 +101,12 @@ class RowStretches(Codec):
             if len(mine):
                 picks = rows[mine] - stretch.start
                 result[mine] = stretch.codec.decode_rows(
-                    _own(tensors, stretch), (stretch.stop - stretch.start, in_features), picks
+                    under(tensors, stretch.prefix), (stretch.stop - stretch.start, in_features), picks
                 )
                 found += len(mine)
         if found < len(rows):
             raise IndexError(f"row numbers must lie from 0 to {self.stops[-1] - 1}, and {len(rows) - found} do not")
         return result
-
-
-def _own(tensors: Mapping[str, Tensor], stretch: Stretch) -> dict[str, Tensor]:
-    """A stretch's tensors, under the names its codec knows."""
-    prefix = stretch.prefix
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 @reads("rows", form="rows(<stop>:<codec>,…)", heads=("rows",))

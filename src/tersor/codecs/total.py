@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from tersor.codecs.inner import under
 from tersor.codecs.rows import RowStretches
 from tersor.codecs.text import Words, parse, reads
 from tersor.contracts import Codec, CompositeCodec, Encode, Gram, Part, Shape
@@ -76,10 +77,10 @@ class Total(CompositeCodec):
         return named, _sum(best[1], weight)
 
     def decode(self, tensors: Mapping[str, Tensor], shape: Shape) -> Tensor:
-        return _sum([term.decode(_own(tensors, index), shape) for index, term in enumerate(self.terms)], None)
+        return _sum([term.decode(under(tensors, f"t{index}_"), shape) for index, term in enumerate(self.terms)], None)
 
     def decode_rows(self, tensors: Mapping[str, Tensor], shape: Shape, rows: slice | Tensor) -> Tensor:
-        pieces = [term.decode_rows(_own(tensors, index), shape, rows) for index, term in enumerate(self.terms)]
+        pieces = [term.decode_rows(under(tensors, f"t{index}_"), shape, rows) for index, term in enumerate(self.terms)]
         return _sum(pieces, None)
 
 
@@ -97,11 +98,6 @@ def _sum(values: list[Tensor], like: Tensor | None) -> Tensor:
 def _loss(error: Tensor, gram: Gram | None) -> float:
     product = error if gram is None else error @ gram.matrix
     return float((product * error).double().sum())
-
-
-def _own(tensors: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
-    prefix = f"t{index}_"
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 @reads("sum", form="sum(<codec>,<codec>,…)[:again<n>]", heads=("sum",))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from tersor.contracts import Shape
 from tersor.recipes.baselines import gptq
 from tersor.recipes.fit import fullest, grouped, integer, with_outliers
@@ -10,15 +12,10 @@ from tersor.recipes.registry import recipe
 from tersor.solvers import CoordinateDescent, ErrorFeedback, Nearest
 
 
-def _kept(bits: float, shape: Shape) -> str:
+def _kept(bits: float, shape: Shape, again: str = "") -> str:
     """Coarse groups, so that what they save pays for outliers: 32 bits each, and 32 a row."""
-    return with_outliers(reversed(grouped(f"int{integer(bits)}:{{}}", shape[1])), bits, shape, least=0.25)
-
-
-def _kept_in_turn(bits: float, shape: Shape) -> str:
-    return with_outliers(
-        reversed(grouped(f"int{integer(bits)}:{{}}", shape[1])), bits, shape, least=0.25, again=":again2"
-    )
+    dense = reversed(grouped(f"int{integer(bits)}:{{}}", shape[1]))
+    return with_outliers(dense, bits, shape, least=0.25, again=again)
 
 
 def _tables(bits: float, shape: Shape) -> str:
@@ -81,7 +78,7 @@ recipe(
     name="quantease-outliers",
     paper=Paper("QuantEase: Optimization-based Quantization for Language Models", "2309.01885", "S183"),
     summary="Outliers and codes in turn, codes by coordinate descent.",
-    codec=_kept_in_turn,
+    codec=partial(_kept, again=":again2"),
     solver=lambda: CoordinateDescent(sweeps=3, start=ErrorFeedback(refit=False)),
     differs=(
         "Outliers are chosen by H_jj e² of what the codes leave, twice more after the first pass; the paper uses "

@@ -9,10 +9,6 @@ from tersor.recipes.registry import readable, recipe
 from tersor.solvers import ErrorFeedback
 
 
-def _feedback() -> ErrorFeedback:
-    return ErrorFeedback()
-
-
 def _trellis(bits: float, shape: Shape) -> str:
     return fullest([f"rot(trellis{width}:L12)" for width in (1, 2, 3, 4)], bits, shape)
 
@@ -31,7 +27,7 @@ def _codebooks(bits: float, shape: Shape) -> str:
 def _ternary(bits: float, shape: Shape) -> str:
     if bits > 3:
         raise NothingFits(f"Ternary weights are for up to 3 bits; {bits:.3f} were given.")
-    return fullest(["ternary:row", *(f"ternary:g{size}" for size in groups(shape[1]))], bits, shape)
+    return fullest(grouped("ternary:{}", shape[1]), bits, shape)
 
 
 def _pyramid(bits: float, shape: Shape) -> str:
@@ -41,9 +37,8 @@ def _pyramid(bits: float, shape: Shape) -> str:
 
 
 def _planes(bits: float, shape: Shape) -> str:
-    texts = [f"bin{width}" if width > 1 else "bin" for width in range(1, 5)]
-    sizes = ["row", *(f"g{size}" for size in groups(shape[1]))]
-    return fullest([f"{text}:{size}" for text in texts for size in sizes], bits, shape)
+    heads = ("bin", "bin2", "bin3", "bin4")
+    return fullest([text for head in heads for text in grouped(head + ":{}", shape[1])], bits, shape)
 
 
 def _dual(bits: float, shape: Shape) -> str:
@@ -61,7 +56,7 @@ recipe(
     paper=Paper("QTIP: Quantization with Trellises and Incoherence Processing", "2406.11235"),
     summary="A bit-shift trellis in a rotated basis, with error feedback.",
     codec=_trellis,
-    solver=_feedback,
+    solver=ErrorFeedback,
     needs=("rot(trellis2:L12)",),
     differs="A window of 12 bits and a small table instead of 16 bits and a computed code; rows alone are rotated.",
     claims=(
@@ -75,7 +70,7 @@ recipe(
     paper=Paper("QuIP#: Even Better LLM Quantization with Hadamard Incoherence and Lattice Codebooks", "2402.04396"),
     summary="The E8P lattice codebook in a rotated basis, with error feedback.",
     codec=_lattice,
-    solver=_feedback,
+    solver=ErrorFeedback,
     needs=("rot(e8p:row)",),
     differs="Rows alone are rotated; no fine-tuning; 3 bits add a sign where the paper adds a 1-bit lattice.",
     claims=(Claim("The lattice beats rotated integers.", "quip", (2, 3, 4)),),
@@ -88,7 +83,7 @@ recipe(
     ),
     summary="Vectors of weights from a codebook found by weighted k-means, with error feedback and residual stages.",
     codec=_codebooks,
-    solver=_feedback,
+    solver=ErrorFeedback,
     needs=("vq8x4",),
     differs="Vectors lie along the inputs instead of the outputs; no codebook for outlier columns, no tuning.",
     claims=(Claim("At two bits it beats GPTQ, codebooks counted.", "gptq", (2,)),),
@@ -99,7 +94,7 @@ recipe(
     paper=Paper("The Era of 1-bit LLMs (its number format, without its training)", "2402.17764"),
     summary="Three values a group, five weights to a byte.",
     codec=_ternary,
-    solver=_feedback,
+    solver=ErrorFeedback,
     needs=("ternary:row",),
     differs="Rounded after training; the paper trains with it.",
 )
@@ -109,7 +104,7 @@ recipe(
     paper=Paper("Entropy-coded trellis-coded quantization (Fischer and Wang, 1992), with error feedback"),
     summary="A trellis whose codes are entropy coded: any rate, near the limit.",
     codec=_rate,
-    solver=_feedback,
+    solver=ErrorFeedback,
     needs=("ectcq2",),
     differs="Not a paper's on language models.",
     claims=(Claim("Entropy-coded trellises beat integers with error feedback.", "gptq", (2, 3, 4), 0.6),),
@@ -120,7 +115,7 @@ recipe(
     paper=Paper("Pyramid Vector Quantization for LLMs", "2410.16926", "S151"),
     summary="Shape and gain in a rotated basis; shapes are numbered, no codebook is stored; error feedback.",
     codec=_pyramid,
-    solver=_feedback,
+    solver=ErrorFeedback,
     needs=("pvq3:n16",),
     differs="Rows alone are rotated; a gain is 8 bits for each vector. The paper fits gains to their distribution.",
     claims=(Claim("At about 3.25 bits it beats GPTQ.", "gptq", (3,)),),
@@ -131,7 +126,7 @@ recipe(
     paper=Paper("BiLLM: Pushing the Limit of Post-Training Quantization for LLMs (its residual planes)", "2402.04291"),
     summary="A sum of sign planes, each with a scale for each group; error feedback.",
     codec=_planes,
-    solver=_feedback,
+    solver=ErrorFeedback,
     needs=("bin2:g64",),
     differs="All weights get the same number of planes; no salient columns, no split by magnitude.",
     claims=(Claim("Beats partial binarization at equal bytes.", "pb-llm", (2,)),),
@@ -142,7 +137,7 @@ recipe(
     paper=Paper("DB-LLM: Accurate Dual-Binarization for Efficient LLMs", "2402.11960", "S057"),
     summary="Two planes of {0, 1} with scales of their own; error feedback.",
     codec=_dual,
-    solver=_feedback,
+    solver=ErrorFeedback,
     needs=("fdb:g64",),
     differs="Scales by least squares; no distillation.",
     claims=(Claim("Two learned planes beat the fixed 2-bit grid.", "gptq", (2,)),),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.artifact import ArtifactWriter
+from tersor.codecs.inner import under
 from tersor.contracts import Codec, CompositeCodec, DirectCodec, Gram, Layer, LeafCodec, Stretch
 from tersor.errors import NotFinite
 from tersor.parallel import in_order
@@ -216,11 +217,7 @@ def encode_layer(
     flat = weight.reshape(layer.stored_shape)
     totals = [0.0] * 4
     for stretch in codec.stretches(layer.stored_shape[0]):
-        own = {
-            name.removeprefix(stretch.prefix): tensor
-            for name, tensor in parts.items()
-            if name.startswith(stretch.prefix)
-        }
+        own = under(parts, stretch.prefix)
         shape = (stretch.stop - stretch.start, layer.shape[1])
         direct = isinstance(stretch.codec, DirectCodec) and not any(part.shared for part in stretch.codec.parts(shape))
         composed = isinstance(stretch.codec, CompositeCodec) and stretch.codec.by_rows

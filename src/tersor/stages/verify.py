@@ -97,7 +97,7 @@ def measure_quality(
     for block in range(blocks):
         for number, stream in enumerate((pair.reference, pair.compressed)):
             with stream.block(block) as module:
-                states[number] = _advance(stream, module, block, states[number], workers)
+                states[number] = advance_states(stream, module, block, states[number], workers)
         progress(STAGE, block + 1, blocks + 1)
     accumulator = DivergenceAccumulator()
     with pair.reference.head_module(), pair.compressed.head_module():
@@ -105,14 +105,16 @@ def measure_quality(
             for row in range(piece.stop - piece.start):
                 targets = ids[piece.start + row, 1:]
                 hidden = [states[number][index][row : row + 1, :-1] for number in (0, 1)]
-                accumulator.add(_compare(pair, hidden[0], hidden[1], targets, workers))
+                accumulator.add(compare_sequence(pair, hidden[0], hidden[1], targets, workers))
     progress(STAGE, blocks + 1, blocks + 1)
     return accumulator.quality(origin)
 
 
-def _advance(
+def advance_states(
     stream: BlockStream, module: torch.nn.Module, block: int, states: list[Tensor], workers: int
 ) -> list[Tensor]:
+    """Hidden states in pieces, after one more block."""
+
     def work(index: int) -> Tensor:
         with torch.no_grad():
             return stream.run(module, block, states[index])
@@ -120,7 +122,7 @@ def _advance(
     return list(in_order(work, len(states), workers))
 
 
-def _compare(pair: Pair, reference: Tensor, compressed: Tensor, targets: Tensor, workers: int):  # type: ignore[no-untyped-def]
+def compare_sequence(pair: Pair, reference: Tensor, compressed: Tensor, targets: Tensor, workers: int):  # type: ignore[no-untyped-def]
     """Statistics of one sequence: logits of at most HEAD_TOKENS positions at a time."""
 
     def work(index: int):  # type: ignore[no-untyped-def]

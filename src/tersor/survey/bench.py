@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 from tersor.contracts import Codec, Gram, Layer
 from tersor.errors import TersorError
-from tersor.evaluation.divergence import DivergenceAccumulator, compare_logits
-from tersor.parallel import in_order
+from tersor.evaluation.divergence import DivergenceAccumulator
 from tersor.recipes import NothingFits, Recipe
 from tersor.runtime.stream import BlockStream
 from tersor.solvers import Encoder
@@ -32,6 +31,7 @@ from tersor.stages.context import Context, block_weights, oriented
 from tersor.stages.finish import peak_resident_bytes
 from tersor.stages.memory import give_back
 from tersor.stages.text import Texts
+from tersor.stages.verify import Pair, advance_states, compare_sequence
 from tersor.stages.work import Work
 from tersor.statistics.collect import collect_grams
 from tersor.survey.records import Outcome
@@ -39,7 +39,6 @@ from tersor.version import __version__
 
 SIDE = 16 / 64
 """Bits per weight that layers may take beyond those asked: a float16 scale for every 64 weights."""
-HEAD_TOKENS = 256
 _DONE = "shared.json"
 _STAGE = "statistics"
 _OF_RECIPES = (
@@ -110,7 +109,7 @@ def measure_shared(bench: Bench) -> None:
                         workers=context.workers,
                         keep=lambda _, output, after=after: after.append(output),  # type: ignore[misc]
                     )
-                    held = _advance(bench, stream, module, block, held)
+                    held = advance_states(stream, module, block, held, context.workers)
                 named = {f"{name}#{copy}": matrix for (name, copy), matrix in sums.matrices.items()}
                 tokens.update({f"{name}#{copy}": count for (name, copy), count in sums.tokens.items()})
                 work.save_tensors(f"gram-{block}.safetensors", named)
@@ -133,14 +132,6 @@ def _pieces(tensor: Tensor, chunk: int) -> list[Tensor]:
 
 def _step(stream: BlockStream, module: nn.Module, block: int, states: list[Tensor], index: int) -> Tensor:
     return stream.run(module, block, states[index])
-
-
-def _advance(bench: Bench, stream: BlockStream, module: nn.Module, block: int, states: list[Tensor]) -> list[Tensor]:
-    def work(index: int) -> Tensor:
-        with torch.no_grad():
-            return stream.run(module, block, states[index])
-
-    return list(in_order(work, len(states), bench.context.workers))
 
 
 def blank(bench: Bench, recipe: Recipe, bits: float) -> tuple[Outcome, dict[tuple[int, int], Codec]]:
@@ -232,7 +223,7 @@ def _measure(
                         total += used
                         errors += error
                         notes.update({f"{layer.name}: {note}": None for note in encoder[1].notes})
-                    states = _advance(bench, stream, module, block, states)
+                    states = advance_states(stream, module, block, states, context.workers)
                 give_back()
                 progress(block + 1)
             accumulator = _compare(bench, stream, torch.cat(states))
@@ -301,20 +292,14 @@ def encode_layer(
 
 
 def _compare(bench: Bench, stream: BlockStream, states: Tensor) -> DivergenceAccumulator:
-    reference = bench.work.load_tensors("end.safetensors")["states"]
+    reference = bench.work.load_tensors("end.safetensors")["states"][:, :-1]
     ids = bench.texts.evaluation.ids
     accumulator = DivergenceAccumulator()
+    both = Pair(stream, stream)
     with stream.head_module():
         for row in range(len(ids)):
-            parts = []
-            for start in range(0, ids.shape[1] - 1, HEAD_TOKENS):
-                here = slice(start, min(start + HEAD_TOKENS, ids.shape[1] - 1))
-                first, second = (stream.head(hidden[row : row + 1, here])[0] for hidden in (reference, states))
-                parts.append(compare_logits(first, second, ids[row, 1:][here]))
-            total = parts[0]
-            for part in parts[1:]:
-                total = total + part
-            accumulator.add(total)
+            first, second = (hidden[row : row + 1] for hidden in (reference, states[:, :-1]))
+            accumulator.add(compare_sequence(both, first, second, ids[row, 1:], bench.context.workers))
     return accumulator
 
 
