@@ -30,7 +30,7 @@ test: $(DEVELOPER)
 	$(BIN)/python -m pytest -n 2
 
 lint: $(DEVELOPER)
-	$(BIN)/ruff check .
+	$(BIN)/ruff check --no-cache .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports

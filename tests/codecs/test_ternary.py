@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from leaf_checks import check_numpy_decoder, gaussian, leaf, squared_error
 
+from leaf_checks import check_numpy_decoder, gaussian, leaf, squared_error
 from tersor.artifact import decoder_numpy_ternary
 from tersor.codecs import Ternary, parse
 from tersor.contracts import Encoded
