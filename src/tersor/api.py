@@ -210,6 +210,7 @@ def survey(
     bits: Sequence[float] = (2, 3, 4),
     recipes: Sequence[str] | None = None,
     processes: int = 1,
+    ray: str | None = None,
     retry: bool = False,
     docs: str | Path | None = None,
     progress: Progress = silent,
@@ -221,9 +222,10 @@ def survey(
 
     ``recipes``: names, or paths of Python files that call :func:`tersor.recipes.recipe` (default: all there are).
     Results go into ``output/survey.sqlite`` one by one, and into ``output/survey.html``; the same call continues after
-    a crash, and others add to it. ``processes``: recipes run side by side. ``retry``: run again what failed before.
-    ``docs``: a folder for a page of documentation for each recipe. ``told``: called with each new outcome. Other
-    settings: see :class:`~tersor.stages.options.Options`; the arithmetic is float32 unless ``dtype`` says otherwise.
+    a crash, and others add to it. ``processes``: recipes run side by side; ``ray``: on a Ray cluster instead, ``local``,
+    ``auto`` or an address. ``retry``: run again what failed before. ``docs``: a folder for a page of documentation for
+    each recipe. ``told``: called with each new outcome. Other settings: see
+    :class:`~tersor.stages.options.Options`; the arithmetic is float32 unless ``dtype`` says otherwise.
     """
     workers = settings.pop("workers", None) or max(1, pipeline.available_workers() // max(processes, 1))
     request = Request(
@@ -233,6 +235,7 @@ def survey(
         options=_options(None, {"dtype": "float32", **settings, "workers": workers}),
         recipes=None if recipes is None else tuple(recipes),
         processes=processes,
+        ray=ray,
         retry=retry,
         docs=None if docs is None else Path(docs),
         cache_dir=cache_dir,

@@ -279,6 +279,9 @@ def survey(
     seed: Seed = 0,
     dtype: Dtype = "float32",
     workers: Annotated[int, typer.Option(help="Recipes run side by side, each in a process of its own.")] = 1,
+    ray: Annotated[
+        str | None, typer.Option(help="Run them on a Ray cluster instead: local, auto or an address.")
+    ] = None,
     retry: Annotated[bool, typer.Option("--retry", help="Run again what failed before.")] = False,
     docs: Annotated[Path | None, typer.Option(help="Write a page of documentation for each recipe here.")] = None,
     trust_remote_code: Trust = False,
@@ -295,6 +298,7 @@ def survey(
             bits=_numbers(bits),
             recipes=None if recipes is None else _words(recipes),
             processes=workers,
+            ray=ray,
             retry=retry,
             docs=docs,
             progress=progress,

@@ -86,10 +86,15 @@ def open_bench(context: Context, texts: Texts, folder: Path) -> Bench:
     return Bench(context, texts, Work(folder / f"{context.source.fingerprint()[:16]}-{key}"), key)
 
 
+def shared_measured(bench: Bench) -> bool:
+    """Whether what all recipes share is there."""
+    return bench.work.has(_DONE)
+
+
 def measure_shared(bench: Bench) -> None:
     """Gram matrices of all block inputs and the reference's states, unless they are there already."""
     context, work = bench.context, bench.work
-    if work.has(_DONE):
+    if shared_measured(bench):
         return
     blocks = len(context.anatomy.blocks)
     stream = context.stream()
@@ -322,4 +327,4 @@ def _peak() -> int:
     return peak_resident_bytes()
 
 
-__all__ = ["SIDE", "Bench", "blank", "encode_layer", "measure_shared", "open_bench", "run_recipe"]
+__all__ = ["SIDE", "Bench", "blank", "encode_layer", "measure_shared", "open_bench", "run_recipe", "shared_measured"]

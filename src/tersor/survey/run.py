@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from tersor.stages.context import Progress, silent
 from tersor.stages.options import Options
 from tersor.stages.text import prepare_texts
 from tersor.stages.weights import check_finite
-from tersor.survey.bench import Bench, blank, measure_shared, open_bench, run_recipe
+from tersor.survey.bench import Bench, blank, measure_shared, open_bench, run_recipe, shared_measured
+from tersor.survey.cluster import on_cluster
 from tersor.survey.manual import write_manual
 from tersor.survey.page import setting, write_page
 from tersor.survey.records import Database, Outcome
@@ -36,8 +38,9 @@ Told = Callable[[Outcome], None]
 class Request:
     """What a survey is asked for.
 
-    ``processes``: recipes run side by side. ``retry``: run again what failed before. ``docs``: folder for a page of
-    documentation for each recipe.
+    ``processes``: recipes run side by side. ``ray``: address of a Ray cluster to run them on instead, ``local`` for one
+    of this machine. ``retry``: run again what failed before. ``docs``: folder for a page of documentation for each
+    recipe.
     """
 
     model: str | Path | nn.Module
@@ -46,6 +49,7 @@ class Request:
     options: Options
     recipes: tuple[str, ...] | None = None
     processes: int = 1
+    ray: str | None = None
     retry: bool = False
     docs: Path | None = None
     cache_dir: Path | None = None
@@ -60,8 +64,10 @@ class Request:
             raise BadInput(f"--bits {','.join(f'{bits:g}' for bits in self.bits)} names a number twice.")
         if self.processes < 1:
             raise BadInput(f"--workers {self.processes} cannot be used; give a whole number of at least 1.")
-        if self.processes > 1 and isinstance(self.model, nn.Module):
+        if (self.processes > 1 or self.ray is not None) and isinstance(self.model, nn.Module):
             raise BadInput("A model that is already in memory is surveyed in one process; give its folder instead.")
+        if self.processes > 1 and self.ray is not None:
+            raise BadInput("--workers and --ray exclude each other: on a cluster, Ray says how many run side by side.")
 
 
 @dataclass(frozen=True)
@@ -148,7 +154,11 @@ def _run(
         else:
             open_pairs.append((recipe, bits))
     progress(STAGE, done * steps, len(pairs) * steps)
-    if request.processes == 1:
+    if request.ray is not None and open_pairs:
+        work = partial(_elsewhere, _for_cluster(request))
+        for outcome in on_cluster(request.ray, work, open_pairs, partial(_lost, bench)):
+            keep(outcome)
+    elif request.processes == 1:
         for recipe, bits in open_pairs:
             keep(
                 run_recipe(bench, recipe, bits, lambda block: progress(STAGE, done * steps + block, len(pairs) * steps))
@@ -194,7 +204,7 @@ def _side_by_side(request: Request, bench: Bench, pairs: list[tuple[Recipe, floa
                 except EOFError:
                     process.join()
                     why = f"Its process ended with code {process.exitcode}, perhaps for want of memory."
-                    outcome = replace(blank(bench, recipe, bits)[0], status="failed", error=why)
+                    outcome = _lost(bench, recipe, bits, why)
                 process.join()
                 ready.close()
                 yield outcome
@@ -203,9 +213,43 @@ def _side_by_side(request: Request, bench: Bench, pairs: list[tuple[Recipe, floa
             process.terminate()
 
 
+def _for_cluster(request: Request) -> Request:
+    """The request with paths that do not depend on the current folder, for one core."""
+
+    def fixed(name: str | None) -> str | None:
+        return str(Path(name).absolute()) if name is not None and Path(name).exists() else name
+
+    options = replace(
+        request.options, workers=1, text=fixed(request.options.text), eval_text=fixed(request.options.eval_text)
+    )
+    return replace(
+        request,
+        model=request.model if isinstance(request.model, nn.Module) else fixed(str(request.model)) or "",
+        output=request.output.absolute(),
+        options=options,
+        recipes=None if request.recipes is None else tuple(fixed(name) or name for name in request.recipes),
+        cache_dir=None if request.cache_dir is None else request.cache_dir.absolute(),
+    )
+
+
+def _lost(bench: Bench, recipe: Recipe, bits: float, why: str) -> Outcome:
+    return replace(blank(bench, recipe, bits)[0], status="failed", error=why)
+
+
 def _child(request: Request, name: str, bits: float, answer: Connection) -> None:
     """What a process of its own does: one recipe at one number of bits."""
+    answer.send(_elsewhere(request, name, bits))
+    answer.close()
+
+
+def _elsewhere(request: Request, name: str, bits: float) -> Outcome:
+    """One recipe at one number of bits, in another process that sees the same folders."""
     with pipeline.one_thread_each():
         recipe = chosen(request.recipes)[name]
-        answer.send(run_recipe(_open(request, silent), recipe, bits, lambda _: None))
-    answer.close()
+        bench = _open(request, silent)
+        if not shared_measured(bench):
+            raise BadInput(
+                f"The folder {request.output.absolute()} with what recipes share is not visible to all processes of "
+                f"the survey; put --output on a disk that every machine of the cluster has under that path."
+            )
+        return run_recipe(bench, recipe, bits, lambda _: None)
