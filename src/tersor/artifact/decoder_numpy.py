@@ -32,7 +32,7 @@ Parts = dict[str, tuple[str, tuple[int, ...]]]
 
 HEADER_LIMIT = 100_000_000
 JSON_LIMIT = 256_000_000
-FAMILIES = ["composed", "trellis", "ectcq", "codebook", "lattice", "pyramid", "binary", "ternary", "microscaling"]
+FAMILIES = sorted(path.stem[len("decoder_numpy_") :] for path in Path(__file__).parent.glob("decoder_numpy_*.py"))
 TILE = 1 << 22
 """Weights decoded at a time; bounds the memory for intermediate values."""
 
