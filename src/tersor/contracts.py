@@ -53,8 +53,7 @@ class Part:
 class Codec(ABC):
     """How a weight is represented: an immutable description that holds no weights.
 
-    A codec has a text form (``str(codec)``) that parses back to an equal object with
-    :func:`tersor.codecs.parse`.
+    Its text form ``str(codec)`` parses back to an equal object with :func:`tersor.codecs.parse`.
     """
 
     @abstractmethod
@@ -85,10 +84,7 @@ class Codec(ABC):
 
     @property
     def sampled(self) -> bool:
-        """Whether what a layer would lose can be measured on some of its rows.
-
-        Not so for a codec whose shared parts would fit a few rows far better than all of them.
-        """
+        """Whether some rows show what a layer would lose; not so where shared parts would fit a few rows far better."""
         return True
 
     def stretches(self, rows: int) -> tuple[Stretch, ...]:
@@ -205,6 +201,12 @@ class LeafCodec(Codec):
         ``columns``: int64 column numbers in the layer, in whole spans. Returns codes ``(rows, len(columns) / span)``
         int32 and values like ``target``. Values already representable are returned unchanged. Pure.
         """
+
+    def round_all(
+        self, target: Tensor, side: Side, columns: Tensor, reference: Tensor, mixing: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """What :func:`tersor.solvers.sequential.sequential_round` does, by a compiled loop of its own; None without."""
+        return None
 
     @abstractmethod
     def values(self, encoded: Encoded, in_features: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tersor.artifact import decoder_numpy_trellis
 from tersor.codecs import Trellis, parse, trellis, trellis_tables
-from tersor.contracts import Encoded, Gram
+from tersor.contracts import Encoded, Gram, LeafCodec
 from tersor.errors import BadInput
 from tersor.kernels import reference_trellis
 from tersor.kernels import trellis as compiled
@@ -221,3 +221,21 @@ def test_rows_count_with_their_own_scales() -> None:
     error = ((weight - values).square().mean(1) / weight.square().mean(1)).view(32, 2).mean(0)
     assert error[1] < 0.03
     assert error[1] < 0.3 * error[0]
+
+
+@pytest.mark.skipif(not compiled.compiled, reason="nothing was compiled")
+@pytest.mark.parametrize("text", ["trellis1:L8", "trellis2:L10", "trellis3:L12", "trellis4:L8"])
+@pytest.mark.parametrize("rows", [64, 300, 513])
+def test_columns_in_order_are_searched_at_once_with_the_same_bits(
+    text: str, rows: int, monkeypatch: pytest.MonkeyPatch
+):
+    weight = gaussian(rows, 24)
+    codec = parse(text)
+    assert isinstance(codec, Trellis)
+    factor = ErrorFeedback().prepare(correlated(24))
+    at_once = ErrorFeedback().solve(weight, codec, factor)
+    assert codec.round_all(weight, codec.prepare(weight), torch.arange(24), weight, torch.zeros(24, 24)) is not None
+    monkeypatch.setattr(Trellis, "round_all", LeafCodec.round_all)
+    step_by_step = ErrorFeedback().solve(weight, codec, factor)
+    assert torch.equal(at_once.codes, step_by_step.codes)
+    assert torch.equal(at_once.side["scale"], step_by_step.side["scale"])

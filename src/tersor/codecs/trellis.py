@@ -31,7 +31,7 @@ from tersor.codecs.trellis_tables import TABLES
 from tersor.contracts import Encoded, Gram, LeafCodec, Part, Shape, Side
 from tersor.errors import BadInput
 from tersor.kernels.reference_trellis import states, window_map
-from tersor.kernels.trellis import trellis_search
+from tersor.kernels.trellis import trellis_in_order, trellis_search
 
 TILE = 256
 """The most rows of a tile. Longer ones would lose a little less at the seam, and take more memory to search."""
@@ -101,6 +101,22 @@ class Trellis(LeafCodec):
             context=CONTEXT,
         )
         return path & (2**self.bits_per_code - 1), table[path.long()] * side["scale"]
+
+    def round_all(
+        self, target: Tensor, side: Side, columns: Tensor, reference: Tensor, mixing: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        found = trellis_in_order(
+            target,
+            reference,
+            mixing,
+            side["scale"][:, 0],
+            table_of(self.bits_per_code, self.window),
+            bits=self.bits_per_code,
+            window=self.window,
+            tile=self.tile(len(target)),
+            context=CONTEXT,
+        )
+        return None if found is None else (found[0] & (2**self.bits_per_code - 1), found[1])
 
     def values(self, encoded: Encoded, in_features: int) -> Tensor:
         return self.unscaled(encoded.codes) * encoded.side["scale"]

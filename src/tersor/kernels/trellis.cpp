@@ -29,6 +29,7 @@ using nb::ndarray;
 
 using MatF = ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using VecF = ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using OutF = ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using OutI = ndarray<int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 namespace {
@@ -185,28 +186,88 @@ void one_path(const Trellis& t, const float* target, const float* scale, size_t 
     }
 }
 
-void trellis_search(MatF target, VecF scale, VecF values, int bits, int window, size_t tile, size_t context,
-                    OutI path) {
-    const size_t rows = target.shape(0), columns = target.shape(1);
+// What both entry points check and set up for tiles of `rows` rows.
+class Search {
+   public:
+    Search(VecF scale, VecF values, int bits, int window, size_t rows, size_t tile, size_t context)
+        : states_(size_t{1} << window),
+          longest_(std::min(tile, rows)),
+          w_{Lines<float>(states_), Lines<float>(states_ >> bits), Lines<float>(states_),
+             Lines<uint8_t>(std::max(longest_, context) * (states_ >> bits)),
+             std::vector<float>(std::max(longest_, 2 * context)), std::vector<float>(std::max(longest_, 2 * context))},
+          t_{w_.values.data(), bits, window, states_, states_ >> bits},
+          scale_(scale.data()),
+          context_(context) {
+        std::copy(values.data(), values.data() + states_, w_.values.data());
+    }
+
+    // Column `column` of the `rows` rows from `first` on.
+    void operator()(const float* target, size_t first, size_t rows, size_t column, size_t columns, int32_t* path) {
+        const size_t at = first * columns + column;
+        one_path(t_, target + at, scale_ + first, rows, columns, context_, w_, path + at);
+    }
+
+    const float* values() { return w_.values.data(); }
+
+   private:
+    size_t states_, longest_;
+    Work w_;
+    Trellis t_;
+    const float* scale_;
+    size_t context_;
+};
+
+void check(size_t rows, size_t scales, size_t values, int bits, int window, size_t tile, size_t context) {
     require(bits >= 1 && bits <= 4 && window >= 2 * bits && window <= 16, "bits must be 1 to 4, window 2 bits to 16");
-    require(values.shape(0) == size_t{1} << window, "values must have one entry a state");
-    require(scale.shape(0) == rows, "scale must have one entry a row of target");
-    require(path.shape(0) == rows && path.shape(1) == columns, "path must have the shape of target");
+    require(values == size_t{1} << window, "values must have one entry a state");
+    require(scales == rows, "scale must have one entry a row of target");
     require(tile >= 1 && context >= 1, "tile and context must be at least 1");
     const size_t last = rows % tile ? rows % tile : tile;
     require(rows == 0 || std::min(last, rows) * static_cast<size_t>(bits) >= static_cast<size_t>(window),
             "a tile must hold a whole window");
-    const size_t states = size_t{1} << window, groups = states >> bits;
+}
+
+void trellis_search(MatF target, VecF scale, VecF values, int bits, int window, size_t tile, size_t context,
+                    OutI path) {
+    const size_t rows = target.shape(0), columns = target.shape(1);
+    check(rows, scale.shape(0), values.shape(0), bits, window, tile, context);
+    require(path.shape(0) == rows && path.shape(1) == columns, "path must have the shape of target");
     nb::gil_scoped_release release;
-    const size_t longest = std::min(tile, rows), most = std::max(longest, 2 * context);
-    Work w{Lines<float>(states), Lines<float>(groups), Lines<float>(states),
-           Lines<uint8_t>(std::max(longest, context) * groups), std::vector<float>(most), std::vector<float>(most)};
-    std::copy(values.data(), values.data() + states, w.values.data());
-    const Trellis t{w.values.data(), bits, window, states, groups};
+    Search search(scale, values, bits, window, rows, tile, context);
     for (size_t first = 0; first < rows; first += tile)
         for (size_t column = 0; column < columns; ++column)
-            one_path(t, target.data() + first * columns + column, scale.data() + first, std::min(tile, rows - first),
-                     columns, context, w, path.data() + first * columns + column);
+            search(target.data(), first, std::min(tile, rows - first), column, columns, path.data());
+}
+
+// What a column's rounding changes, onto the columns after it.
+TERSOR_CLONES
+void push(float change, const float* TERSOR_RESTRICT mixing, float* TERSOR_RESTRICT moved, size_t count) {
+    for (size_t k = 0; k < count; ++k) moved[k] += change * mixing[k];
+}
+
+void trellis_in_order(OutF moved, MatF reference, MatF mixing, VecF scale, VecF values, int bits, int window,
+                      size_t tile, size_t context, OutI path, OutF decoded) {
+    const size_t rows = moved.shape(0), columns = moved.shape(1);
+    check(rows, scale.shape(0), values.shape(0), bits, window, tile, context);
+    require(path.shape(0) == rows && path.shape(1) == columns, "path must have the shape of moved");
+    require(decoded.shape(0) == rows && decoded.shape(1) == columns, "decoded must have the shape of moved");
+    require(reference.shape(0) == rows && reference.shape(1) == columns, "reference must have the shape of moved");
+    require(mixing.shape(0) == columns && mixing.shape(1) == columns, "mixing must be columns x columns");
+    nb::gil_scoped_release release;
+    Search search(scale, values, bits, window, rows, tile, context);
+    for (size_t first = 0; first < rows; first += tile) {
+        const size_t count = std::min(tile, rows - first);
+        for (size_t j = 0; j < columns; ++j) {
+            search(moved.data(), first, count, j, columns, path.data());
+            for (size_t row = first; row < first + count; ++row) {
+                const size_t at = row * columns + j;
+                const float value = search.values()[path.data()[at]] * scale.data()[row];
+                decoded.data()[at] = value;
+                push(value - reference.data()[at], mixing.data() + j * columns + j + 1, moved.data() + at + 1,
+                     columns - j - 1);
+            }
+        }
+    }
 }
 
 }  // namespace
@@ -215,4 +276,7 @@ NB_MODULE(_trellis, module) {
     module.doc() = "Compiled trellis search; see tersor.kernels.reference_trellis for what it computes.";
     module.def("trellis_search", &trellis_search, nb::arg("target"), nb::arg("scale"), nb::arg("values"),
                nb::arg("bits"), nb::arg("window"), nb::arg("tile"), nb::arg("context"), nb::arg("path"));
+    module.def("trellis_in_order", &trellis_in_order, nb::arg("moved"), nb::arg("reference"), nb::arg("mixing"),
+               nb::arg("scale"), nb::arg("values"), nb::arg("bits"), nb::arg("window"), nb::arg("tile"),
+               nb::arg("context"), nb::arg("path"), nb::arg("decoded"));
 }

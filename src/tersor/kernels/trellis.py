@@ -39,3 +39,31 @@ def trellis_search(
             target[long:], scale[long:], values, bits=bits, window=window, tile=tile, context=context
         )
     return path
+
+
+def trellis_in_order(
+    target: Tensor,
+    reference: Tensor,
+    mixing: Tensor,
+    scale: Tensor,
+    values: Tensor,
+    *,
+    bits: int,
+    window: int,
+    tile: int,
+    context: int,
+) -> tuple[Tensor, Tensor] | None:
+    """States and values, both ``(rows, n)``, of the columns of ``target`` searched one after the other.
+
+    After column ``j``, ``target_k += (value_j - reference_j) * mixing_jk`` for the columns ``k`` after it, as
+    :func:`tersor.solvers.sequential.sequential_round` does, to the bit. None where it was not compiled, or where the
+    last tile is shorter than a window.
+    """
+    rows = target.shape[0]
+    if _trellis is None or rows == 0 or min(tile, rows % tile or tile) * bits < window:
+        return None
+    moved = target.clone(memory_format=torch.contiguous_format)
+    path, decoded = torch.empty(target.shape, dtype=torch.int32), torch.empty(target.shape)
+    given = [tensor.contiguous().numpy() for tensor in (reference, mixing, scale, values)]
+    _trellis.trellis_in_order(moved.numpy(), *given, bits, window, tile, context, path.numpy(), decoded.numpy())
+    return path, decoded

@@ -31,6 +31,9 @@ def sequential_round(
     if grid is not None:
         codes, values, _ = kernels.sequential_round(target, reference, mixing, grid, columns)
         return codes, values
+    at_once = codec.round_all(target, side, columns, reference, mixing)
+    if at_once is not None:
+        return at_once
     span = codec.span
     moved = target.clone()
     all_codes, all_values = [], []
