@@ -129,12 +129,11 @@ class Encoded:
 class ScalarGrid:
     """The values one scalar column can take, for codecs whose rounding is 'nearest value of a sorted list'.
 
-    Either uniform, ``value = (code - zero[r, g]) * scale[r, g]``, or from a table,
-    ``value = table[r or 0, code] * scale[r, g]``, with ``g = column // group``. Solvers hand this to a compiled loop;
-    codecs that cannot be put so are asked through :meth:`LeafCodec.round` instead. Codes are positions in the sorted
-    list, ``0 .. levels - 1``.
+    Uniform, ``value = (code - zero[r, g]) * scale[r, g] - offset[r, g]``, or ``table[r or 0, code] * scale[r, g]``;
+    ``g = column // group``. Solvers hand this to a compiled loop; codecs that cannot be put so are asked through
+    :meth:`LeafCodec.round` instead. Codes are positions in the list, ``0 .. levels - 1``; no scale is 0, few are below.
 
-    ``scale``, ``zero``: ``(rows, in / group)`` float32. ``table``: ``(rows or 1, levels)`` float32, ascending.
+    ``scale``, ``zero``, ``offset``: ``(rows, in / group)`` float32. ``table``: ``(rows or 1, levels)``, ascending.
     """
 
     scale: Tensor
@@ -142,10 +141,11 @@ class ScalarGrid:
     table: Tensor | None
     levels: int
     group: int
+    offset: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if (self.zero is None) == (self.table is None):
-            raise ValueError("a scalar grid has either zeros (uniform) or a table, not both or neither")
+        if (self.zero is None) == (self.table is None) or (self.zero is None and self.offset is not None):
+            raise ValueError("a scalar grid has zeros (uniform), perhaps with offsets, or a table, and not both")
 
 
 class LeafCodec(Codec):

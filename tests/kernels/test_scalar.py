@@ -20,6 +20,10 @@ def make_grid(rows: int, columns: int, group: int, kind: str, generator: torch.G
     if kind == "uniform":
         zero = torch.randint(0, 8, (rows, groups), generator=generator).float()
         return ScalarGrid(scale, zero, None, 8, group)
+    if kind == "offset":  # scales of either sign
+        signs = torch.randint(0, 2, (rows, groups), generator=generator) * 2.0 - 1.0
+        offset = torch.randn(rows, groups, generator=generator)
+        return ScalarGrid(scale * signs, torch.zeros(rows, groups), None, 8, group, offset)
     table = torch.randn(1 if kind == "shared" else rows, 8, generator=generator).sort(dim=1).values
     return ScalarGrid(scale, None, table, 8, group)
 
@@ -30,7 +34,7 @@ def make_grid(rows: int, columns: int, group: int, kind: str, generator: torch.G
     rows=st.integers(1, 40),
     columns=st.integers(1, 70),
     group=st.sampled_from([8, 16, 70]),
-    kind=st.sampled_from(["uniform", "shared", "per row"]),
+    kind=st.sampled_from(["uniform", "offset", "shared", "per row"]),
     seed=st.integers(0, 2**31),
 )
 def test_sequential_round_equals_its_specification(rows: int, columns: int, group: int, kind: str, seed: int) -> None:

@@ -44,6 +44,7 @@ def sequential_round(
         codes,
         values,
         moved,
+        None if grid.offset is None else grid.offset.contiguous(),
     )
     return codes, values, moved
 

@@ -18,8 +18,10 @@ def nearest(target: Tensor, grid: ScalarGrid, columns: Tensor) -> tuple[Tensor, 
     scale = grid.scale[:, group]
     if grid.zero is not None:
         zero = grid.zero[:, group]
-        codes = torch.round(target / scale + zero).clamp_(0, grid.levels - 1)
-        return codes.to(torch.int32), (codes - zero) * scale
+        offset = None if grid.offset is None else grid.offset[:, group]
+        codes = torch.round((target if offset is None else target + offset) / scale + zero).clamp_(0, grid.levels - 1)
+        values = (codes - zero) * scale
+        return codes.to(torch.int32), values if offset is None else values - offset
     table = grid.table
     assert table is not None
     scaled = (target / scale).contiguous()

@@ -43,6 +43,7 @@ constexpr size_t STRIP = 16;
 struct Grid {
     const float* scale;   // (rows, groups)
     const float* zero;    // (rows, groups) or null
+    const float* offset;  // (rows, groups) or null
     const float* table;   // (rows or 1, levels) or null
     size_t groups, levels, table_stride;
 };
@@ -70,7 +71,7 @@ static void sequential_strip(const float* target, const float* reference, const 
     const float top = static_cast<float>(grid.levels - 1);
     for (size_t j = 0; j < n; ++j)
         for (size_t r = 0; r < STRIP; ++r) strip[j * STRIP + r] = r < rows ? target[(row0 + r) * n + j] : 0.0f;
-    float change[STRIP], scale[STRIP], zero[STRIP], value[STRIP], code[STRIP];
+    float change[STRIP], scale[STRIP], zero[STRIP], offset[STRIP], value[STRIP], code[STRIP];
     for (size_t j = 0; j < n; ++j) {
         float* t = strip + j * STRIP;
         const size_t g = static_cast<size_t>(group_of[j]);
@@ -78,8 +79,16 @@ static void sequential_strip(const float* target, const float* reference, const 
             const size_t row = row0 + (r < rows ? r : 0);
             scale[r] = grid.scale[row * grid.groups + g];
             zero[r] = grid.zero ? grid.zero[row * grid.groups + g] : 0.0f;
+            offset[r] = grid.offset ? grid.offset[row * grid.groups + g] : 0.0f;
         }
-        if (grid.zero) {
+        if (grid.offset) {
+            for (size_t r = 0; r < STRIP; ++r) {
+                float c = std::nearbyint((t[r] + offset[r]) / scale[r] + zero[r]);
+                c = c < 0.0f ? 0.0f : (c > top ? top : c);
+                code[r] = c;
+                value[r] = (c - zero[r]) * scale[r] - offset[r];
+            }
+        } else if (grid.zero) {
             for (size_t r = 0; r < STRIP; ++r) {
                 float c = std::nearbyint(t[r] / scale[r] + zero[r]);
                 c = c < 0.0f ? 0.0f : (c > top ? top : c);
@@ -112,7 +121,7 @@ static void sequential_strip(const float* target, const float* reference, const 
 
 static void sequential_round(MatF target, MatF reference, MatF mixing, VecI group_of, MatF scale,
                              std::optional<MatF> zero, std::optional<MatF> table, int levels, OutI codes, OutF values,
-                             OutF moved) {
+                             OutF moved, std::optional<MatF> offset) {
     const size_t rows = target.shape(0), n = target.shape(1);
     require(reference.shape(0) == rows && reference.shape(1) == n, "reference must have the shape of target");
     require(mixing.shape(0) == n && mixing.shape(1) == n, "mixing must be (n, n)");
@@ -127,8 +136,10 @@ static void sequential_round(MatF target, MatF reference, MatF mixing, VecI grou
     for (size_t j = 0; j < n; ++j)
         require(group_of.data()[j] >= 0 && static_cast<size_t>(group_of.data()[j]) < groups, "group number out of range");
     if (zero) require(zero->shape(0) == rows && zero->shape(1) == groups, "zero must have the shape of scale");
-    Grid grid{scale.data(), zero ? zero->data() : nullptr, table ? table->data() : nullptr, groups,
-              static_cast<size_t>(levels), 0};
+    require(!offset || zero, "offset goes with zero");
+    if (offset) require(offset->shape(0) == rows && offset->shape(1) == groups, "offset must have the shape of scale");
+    Grid grid{scale.data(), zero ? zero->data() : nullptr, offset ? offset->data() : nullptr,
+              table ? table->data() : nullptr, groups, static_cast<size_t>(levels), 0};
     if (table) {
         require(table->shape(1) == grid.levels, "table must have `levels` columns");
         require(table->shape(0) == 1 || table->shape(0) == rows, "table must have one row, or one a row of target");
@@ -207,7 +218,8 @@ NB_MODULE(_cpu, module) {
     module.doc() = "Compiled inner loops; see tersor.kernels.reference for what they compute.";
     module.def("sequential_round", &sequential_round, nb::arg("target"), nb::arg("reference"), nb::arg("mixing"),
                nb::arg("group_of"), nb::arg("scale"), nb::arg("zero").none(), nb::arg("table").none(),
-               nb::arg("levels"), nb::arg("codes"), nb::arg("values"), nb::arg("moved"));
+               nb::arg("levels"), nb::arg("codes"), nb::arg("values"), nb::arg("moved"),
+               nb::arg("offset").none() = nb::none());
     module.def("fit_uniform", &fit_uniform, nb::arg("weight"), nb::arg("importance"), nb::arg("levels"),
                nb::arg("asymmetric"), nb::arg("shrinks"), nb::arg("scales"), nb::arg("zeros"));
 }

@@ -47,7 +47,7 @@ class HalfQuadratic(Solver):
         numbers = torch.arange(columns)
         side = codec.prepare(weight, None)
         grid = codec.grid(side, columns)
-        if grid is None or grid.zero is None:
+        if grid is None or grid.zero is None or grid.offset is not None:
             raise BadInput(f"The half-quadratic solver needs a uniform grid, which {codec} has not; use intN codecs.")
         start = Encoded(codec.round(weight, side, numbers)[0], side)
         whole = "zero" in side
