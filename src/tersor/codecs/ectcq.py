@@ -20,6 +20,7 @@ from torch import Tensor
 from tersor.codecs import ectcq_tables as tables
 from tersor.codecs.ectcq_leaf import Steps, TrellisGrid
 from tersor.codecs.packing import pack, packed_width, unpack
+from tersor.codecs.step_search import WASTE, StepSearch
 from tersor.codecs.text import Words, reads
 from tersor.contracts import CompositeCodec, Encode, Gram, Part, Shape
 from tersor.errors import BadInput, ShapeMismatch
@@ -33,7 +34,6 @@ _SEARCH_ROWS = 192
 """Rows on which the step is searched first, where a layer has more than twice as many."""
 _BIT_PRICE = 0.36
 """What a bit costs in squared steps. On Gaussians, 0.3 to 0.45 lose least at all of 0.75, 2 and 4 bits."""
-_WASTE = 0.0015
 _ATTEMPTS, _MORE_ATTEMPTS, _LAST_ATTEMPTS = 6, 14, 60
 """Steps tried while 0.15 % of the bytes, while 1 %, and while all of them stay empty."""
 
@@ -98,7 +98,7 @@ class EntropyCodedTrellis(CompositeCodec):
         shape = (weight.shape[0], weight.shape[1])
         nbytes = self.parts(shape)[-1].nbytes
         leaf = TrellisGrid(self.states, 2.0 - self.milli / 1000, self.classes(shape), _BIT_PRICE)
-        search = _Search(leaf.octaves, 8.0 * (nbytes - 2 * min(shape[1], LANES)) / max(weight.numel(), 1))
+        search = StepSearch(leaf.octaves, 8.0 * (nbytes - 2 * min(shape[1], LANES)) / max(weight.numel(), 1))
         if shape[0] > 2 * _SEARCH_ROWS:
             few = weight[:: shape[0] // _SEARCH_ROWS].contiguous()
             for _ in range(4):
@@ -114,7 +114,7 @@ class EntropyCodedTrellis(CompositeCodec):
             if used <= nbytes and (best is None or used > best[0]):
                 best = (used, stored, values)
             waste = 1.0 if best is None else 1 - best[0] / max(nbytes, 1)
-            if best and (waste <= _WASTE or attempt >= (_ATTEMPTS if waste < 0.01 else _MORE_ATTEMPTS)):
+            if best and (waste <= WASTE or attempt >= (_ATTEMPTS if waste < 0.01 else _MORE_ATTEMPTS)):
                 break
             search.learn(8.0 * (used - 2 * min(shape[1], LANES)) / max(weight.numel(), 1))
             if attempt >= _MORE_ATTEMPTS:
@@ -155,41 +155,6 @@ class EntropyCodedTrellis(CompositeCodec):
     def decode_rows(self, tensors: Mapping[str, Tensor], shape: Shape, rows: slice | Tensor) -> Tensor:
         """The whole layer is decoded for any of its rows: a stream can only be read from its beginning."""
         return self.decode(tensors, shape)[rows]
-
-
-class _Search:
-    """The step for a rate: secants in log2 of the step, kept between the nearest steps known to be too small or large.
-
-    The rate falls by at most about one bit an octave.
-    """
-
-    def __init__(self, start: float, wanted: float) -> None:
-        self.at = start
-        self.wanted = wanted * (1 - _WASTE / 2)
-        self.slope = -1.0
-        self.below: tuple[float, float] | None = None
-        self.above: tuple[float, float] | None = None
-
-    def learn(self, rate: float) -> bool:
-        """Move on after ``rate`` was found; True when that was near enough."""
-        here = self.at
-        if rate > self.wanted:
-            self.below, other = (here, rate), self.below
-        else:
-            self.above, other = (here, rate), self.above
-        pair = (self.below, self.above) if self.below and self.above else (other, (here, rate))
-        if pair[0] and pair[1] and abs(pair[0][0] - pair[1][0]) > 1e-5:
-            slope = (pair[1][1] - pair[0][1]) / (pair[1][0] - pair[0][0])
-            self.slope = min(max(slope, -2.5), -0.2)
-        self.at = here + min(max((self.wanted - rate) / self.slope, -3.0), 3.0)
-        if self.below and self.above and self.below[0] < self.above[0]:
-            low, high = self.below[0], self.above[0]
-            self.at = min(max(self.at, low + 0.1 * (high - low)), high - 0.1 * (high - low))
-        return abs(rate - self.wanted) < 0.004 * self.wanted
-
-    def forget(self) -> None:
-        """Keep the slope, not the points: they were another layer's."""
-        self.below = self.above = None
 
 
 def _bits(tensors: Mapping[str, Tensor]) -> float:
