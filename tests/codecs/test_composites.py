@@ -24,6 +24,15 @@ TEXTS = [
     "sum(sparse1,int3:row,lowrank2)",
     "sum(int2:g32,int2:g32)",
     "sparse2.5",
+    "cols(int4:row,bin:row):0.2",
+    "cols(int4:g16,bin:g40):16:inputs",
+    "cols(int3:row,colscale(bin:row)):19:again1",
+    "colscale(int2:g24:s8)",
+    "colscale(bin:row):again2",
+    "rot(cols(int4:row,sum(bin:row,lowrank2)):0.125)",
+    "sparse2of4",
+    "sparse4of8(int4:row)",
+    "sparse3of16(lut2:row)",
     "lowrank12",
 ]
 ROWS, COLUMNS = 72, 96

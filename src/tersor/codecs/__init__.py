@@ -2,6 +2,8 @@
 
 from tersor.codecs.binary import BinaryPlanes
 from tersor.codecs.codebook import Codebook
+from tersor.codecs.column_scale import ColumnScaled
+from tersor.codecs.columns import ColumnSplit
 from tersor.codecs.dense import Dense
 from tersor.codecs.ectcq import EntropyCodedTrellis
 from tersor.codecs.integer import Integer
@@ -12,6 +14,7 @@ from tersor.codecs.microscaling import MicroFloat
 from tersor.codecs.pyramid import Pyramid
 from tersor.codecs.rotated import Rotated
 from tersor.codecs.rows import RowStretches
+from tersor.codecs.semi_structured import SemiStructured
 from tersor.codecs.small_float import SmallFloat
 from tersor.codecs.sparse import Sparse
 from tersor.codecs.ternary import Ternary
@@ -23,6 +26,8 @@ __all__ = [
     "E8P",
     "BinaryPlanes",
     "Codebook",
+    "ColumnScaled",
+    "ColumnSplit",
     "Dense",
     "EntropyCodedTrellis",
     "Integer",
@@ -32,6 +37,7 @@ __all__ = [
     "Pyramid",
     "Rotated",
     "RowStretches",
+    "SemiStructured",
     "SmallFloat",
     "Sparse",
     "Ternary",

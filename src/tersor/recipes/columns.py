@@ -1,0 +1,82 @@
+"""Structure in the columns: salient input channels kept finer, column factors, and n of m weights kept."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from tersor.contracts import Shape
+from tersor.recipes.fit import fullest, grouped, largest
+from tersor.recipes.recipe import Claim, NothingFits, Paper
+from tersor.recipes.registry import recipe
+from tersor.solvers import ErrorFeedback
+
+
+def _salient(bits: float, shape: Shape, rest: str) -> str:
+    """As many salient columns at 4 bits as fit, the rest binary."""
+    if bits > 3:
+        raise NothingFits(f"Binary weights with salient columns are for up to 3 bits; {bits:.3f} were given.")
+    found = largest(lambda count: f"cols(int4:row,{rest}):{count}:inputs", shape[1] - 1, bits, shape)
+    if found is None:
+        raise NothingFits(
+            f"Not one salient column of a layer of {shape[0]} x {shape[1]} fits {bits:.3f} bits a weight."
+        )
+    return found
+
+
+def _two_of_four(bits: float, shape: Shape) -> str:
+    return fullest(
+        [text for width in range(2, 9) for text in grouped(f"sparse2of4(int{width}:{{}})", shape[1] // 2)], bits, shape
+    )
+
+
+_PTQ161 = Paper(
+    "PTQ1.61: Push the Real Limit of Extremely Low-Bit Post-Training Quantization Methods for Large Language Models",
+    "2502.13179",
+    "S161",
+)
+
+recipe(
+    name="ptq161",
+    paper=_PTQ161,
+    summary="Input channels with the largest inputs at 4 bits, all others signs times a row and a column factor.",
+    codec=partial(_salient, rest="colscale(bin:row)"),
+    solver=ErrorFeedback,
+    needs=("cols(int4:row,colscale(bin:row)):0.2:inputs",),
+    differs=(
+        "As many salient channels as the budget allows, 20 % in the paper. Factors are least squares under each "
+        "layer's Gram matrix, where the squared cosine of all its outputs is 1 less the relative error, so that "
+        "lowering one raises the other; the paper learns them block by block, on the error plus the negative log "
+        "cosine of each token. Codes come by error feedback, binary channels before salient ones. Weights are not "
+        "reshaped by restorative LoRA before."
+    ),
+    claims=(
+        Claim("At no more than 1.8 bits it beats partial binarization at equal bytes.", "pb-llm", (1.5,)),
+        Claim("So it does at 2.25 bits.", "pb-llm", (2,)),
+        Claim("Column factors improve on row factors alone.", "ptq161-rows", (1.5, 2)),
+    ),
+)
+
+recipe(
+    name="ptq161-rows",
+    paper=_PTQ161,
+    summary="The same without column factors, and more salient channels for what those took.",
+    codec=partial(_salient, rest="bin:row"),
+    solver=ErrorFeedback,
+    needs=("cols(int4:row,bin:row):0.2:inputs",),
+    differs="An ablation: row factors alone, otherwise as in ptq161.",
+)
+
+recipe(
+    name="sparsegpt-2of4",
+    paper=Paper("SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", "2301.00774"),
+    summary="Two of every four weights kept, refitted by least squares and rounded with error feedback.",
+    codec=_two_of_four,
+    solver=ErrorFeedback,
+    needs=("sparse2of4(int4:row)",),
+    differs=(
+        "Weights are chosen once by |w| times the root of their input's energy, and refitted all together; the paper "
+        "chooses and corrects a block of columns after the other. Its claim is for half the weights anywhere, with a "
+        "bit each for where; here positions take 0.75 bits a weight."
+    ),
+    claims=(Claim("Half the weights at 4 bits beat all of them at 3 bits, positions counted.", "gptq", (3,)),),
+)
