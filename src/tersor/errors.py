@@ -51,3 +51,7 @@ class CannotResume(TersorError):
 
 class VerificationFailed(TersorError):
     """The written artifact was reopened and is not what the plan promised."""
+
+
+class EngineFailed(TersorError):
+    """An engine is not usable here, refuses a file, or fails while running it."""

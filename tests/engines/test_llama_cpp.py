@@ -1,0 +1,176 @@
+"""GGUF files of tiny models of many families, run by llama.cpp itself and compared with transformers."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+import tiny_models
+from tersor.anatomy import WeightLoader, analyse, open_source, skeleton
+from tersor.engines.llama_cpp.library import LlamaCpp, find_library
+from tersor.engines.llama_cpp.names import pieces
+from tersor.engines.llama_cpp.tokenizer import read_vocabulary
+from tersor.engines.llama_cpp.write import Recipe, file_bytes, write
+from tersor.errors import BadInput, EngineFailed
+
+FAMILIES = (
+    "llama",
+    "llama-tied",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+    "phi3",
+    "gpt2",
+    "qwen2moe",
+    "qwen3moe",
+)
+
+RUNNABLE: dict[str, dict[str, object]] = {
+    # llama.cpp attends to all that Mistral's window leaves out.
+    "mistral": {"sliding_window": None},
+    "gemma2": {"query_pre_attn_scalar": 8},
+    "gemma3": {"query_pre_attn_scalar": 8, "_sliding_window_pattern": 6},
+    "qwen3moe": {"norm_topk_prob": True},
+}
+
+
+def tokenizer(kind: str = "gpt-2") -> PreTrainedTokenizerFast:
+    """Byte-level BPE with 97 ordinary tokens and 3 special ones."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[:93]
+    vocabulary = {name: k for k, name in enumerate(["<unk>", "<s>", "</s>", *letters])}
+    merges = [("t", "h"), ("th", "e"), ("a", "n"), ("i", "n")]
+    for pair in merges:
+        vocabulary["".join(pair)] = len(vocabulary)
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.pre_tokenizer = (
+        pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), plain]) if kind == "smollm" else plain
+    )
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens(["<unk>", "<s>", "</s>"])
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+    made.chat_template = "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
+    return made
+
+
+@pytest.fixture(scope="module")
+def engine() -> LlamaCpp:
+    path = find_library()
+    if path is None:
+        pytest.skip("llama.cpp is not installed")
+    return LlamaCpp(path)
+
+
+def recipe_of(folder: Path, family: str, **options: object) -> tuple[Recipe, torch.nn.Module, WeightLoader]:
+    model = tiny_models.build(family, **options)
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    source = open_source(folder)
+    body = skeleton(source)
+    recipe = Recipe(analyse(source, body), source.config, read_vocabulary(folder, source.config.vocab_size), "tiny")
+    return recipe, model, WeightLoader(source, body)
+
+
+def write_plain(recipe: Recipe, loader: WeightLoader, path: Path) -> None:
+    """Everything in float32."""
+    layers = {layer.name: layer for layer in recipe.anatomy.layers}
+
+    def read(name: str) -> Tensor:
+        if name not in layers:
+            return loader.load([name])[name]
+        layer = layers[name]
+        value = loader.load([layer.parameter])[layer.parameter].float()
+        value = value.transpose(-1, -2) if layer.transposed else value
+        return value.reshape(layer.stored_shape).contiguous().view(torch.uint8)
+
+    write(recipe, dict.fromkeys(layers, "F32"), path, read)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_llama_cpp_computes_the_same(family: str, engine: LlamaCpp, tmp_path: Path):
+    recipe, model, loader = recipe_of(tmp_path / "model", family, **RUNNABLE.get(family, {}))
+    path = tmp_path / "model.gguf"
+    write_plain(recipe, loader, path)
+    types = {layer.name: "F32" for layer in recipe.anatomy.layers}
+    assert path.stat().st_size == file_bytes(recipe, types, tmp_path)
+    ids = torch.randint(3, 100, (1, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = model(ids).logits[0].float()
+    with engine.load(path, length=32) as loaded:
+        assert loaded.tokens == 100
+        found = loaded.logits(ids[0].tolist())
+        assert torch.equal(found, loaded.logits(ids[0].tolist()))
+    # llama.cpp keeps keys and values in float16, and computes some functions from float16 tables.
+    assert float((found - wanted).abs().max()) < 0.02 * float(wanted.std())
+
+
+@pytest.mark.parametrize("kind", ["gpt-2", "smollm"])
+def test_llama_cpp_splits_text_the_same(kind: str, engine: LlamaCpp, tmp_path: Path):
+    recipe, _, loader = recipe_of(tmp_path / "model", "llama")
+    made = tokenizer(kind)
+    made.save_pretrained(tmp_path / "model")
+    vocabulary = read_vocabulary(tmp_path / "model", 100)
+    assert vocabulary.pre == kind
+    assert vocabulary.special == {"bos": 1, "eos": 2}
+    assert vocabulary.template == made.chat_template
+    path = tmp_path / "model.gguf"
+    write_plain(Recipe(recipe.anatomy, recipe.config, vocabulary, "x"), loader, path)
+    text = "the 2024 thing!? anthem...</s>12"
+    with engine.load(path, length=32) as loaded:
+        assert loaded.tokenize(text) == made(text).input_ids
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "why"),
+    [
+        ("gemma2", {}, "scales attention by 1/sqrt(256)"),
+        (
+            "gemma3",
+            {"query_pre_attn_scalar": 8, "layer_types": ["sliding_attention", "full_attention"]},
+            "every 6th",
+        ),
+        ("qwen3moe", {}, "norm_topk_prob"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "'dynamic'"),
+    ],
+)
+def test_what_llama_cpp_would_compute_otherwise_is_refused(
+    family: str, options: dict[str, object], why: str, tmp_path: Path
+):
+    recipe, _, loader = recipe_of(tmp_path / "model", family, **options)
+    with pytest.raises(BadInput, match=re.escape(why)):
+        write_plain(recipe, loader, tmp_path / "model.gguf")
+
+
+def test_what_cannot_be_written_is_said(tmp_path: Path):
+    recipe, _, _ = recipe_of(tmp_path / "model", "neox")
+    with pytest.raises(BadInput, match=r"type gpt_neox cannot be written for llama\.cpp"):
+        pieces(recipe.anatomy, recipe.config)
+    (tmp_path / "model" / "tokenizer.json").unlink()
+    with pytest.raises(BadInput, match=r"no tokenizer\.json"):
+        read_vocabulary(tmp_path / "model", 100)
+
+
+def test_a_damaged_file_is_refused_in_a_sentence(engine: LlamaCpp, tmp_path: Path):
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(b"GGUF" + bytes(40))
+    with pytest.raises(EngineFailed, match="refuses"), engine.load(path, length=8):
+        pass
+
+
+def test_nothing_is_left_of_a_file_that_could_not_be_finished(tmp_path: Path):
+    recipe, _, _ = recipe_of(tmp_path / "model", "llama")
+
+    def read(name: str) -> Tensor:
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        write(recipe, {layer.name: "F32" for layer in recipe.anatomy.layers}, tmp_path / "x.gguf", read)
+    assert not list(tmp_path.glob("*.gguf*"))
