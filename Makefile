@@ -19,7 +19,7 @@ DEVELOPER := $(VENV)/.installed-for-development
 comma := ,
 SLOW := note: no C++ compiler was found; everything works, but encoding takes about three times as long
 
-.PHONY: demo test lint bench bench-leaves bench-allocation bench-sensitivity bench-memory bench-resume clean
+.PHONY: demo test lint bench bench-leaves bench-allocation bench-sensitivity bench-memory bench-resume bench-peers clean
 .DELETE_ON_ERROR:
 
 demo: $(USER)
@@ -63,6 +63,12 @@ bench-allocation: out/reference
 bench-sensitivity: out/reference
 	@test -f $(TEXT) || { echo "name a text to measure on: make bench-sensitivity TEXT=/path/to/text.txt" >&2; exit 1; }
 	$(BIN)/python benchmarks/sensitivity.py --model out/reference --text $(TEXT)
+
+# Other compressors, each in an environment of its own under out/peers/, and tersor at the sizes of their files. Hours on
+# two processors; a stopped run continues. Needs CMake and a C++ compiler for llama.cpp's quantizer.
+bench-peers: out/reference
+	@test -f $(TEXT) || { echo "name a text to measure on: make bench-peers TEXT=/path/to/text.txt" >&2; exit 1; }
+	$(BIN)/python benchmarks/peers.py --model out/reference --text $(TEXT)
 
 clean:
 	rm -rf $(VENV) build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
