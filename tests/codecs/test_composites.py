@@ -34,6 +34,9 @@ TEXTS = [
     "sparse4of8(int4:row)",
     "sparse3of16(lut2:row)",
     "lowrank12",
+    "coded(int4:row):3.3",
+    "coded(ternary:g32):1.9",
+    "rot(coded(int5:row:asym:s8):3.2)",
 ]
 ROWS, COLUMNS = 72, 96
 

@@ -49,7 +49,7 @@ def test_every_claim_is_against_a_recipe_that_there_is():
 def test_codecs_stay_within_their_bits(name: str, shape: tuple[int, int]):
     weights = shape[0] * shape[1]
     fits = 0
-    for bits in (2 + SIDE, 3 + SIDE, 4 + SIDE):
+    for bits in (2 + SIDE, 3 + SIDE, 4 + SIDE, 8 + SIDE):
         try:
             codec = ALL[name].codec_for(bits, shape)
         except NothingFits:
@@ -75,7 +75,7 @@ def test_recipes_encode_a_layer_in_what_they_promise(name: str):
     one, shape = ALL[name], (96, 192)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(3)) * 0.05
     gram = correlated(shape[1])
-    for bits in (2.6, 4.6):
+    for bits in (2.6, 4.6, 8.6):
         try:
             codec = one.codec_for(bits, shape)
         except NothingFits:

@@ -1,7 +1,9 @@
 """How a weight is represented. One file a representation; :func:`parse` reads their text form."""
 
 from tersor.codecs.binary import BinaryPlanes
+from tersor.codecs.block import Block
 from tersor.codecs.codebook import Codebook
+from tersor.codecs.coded import Coded
 from tersor.codecs.column_scale import ColumnScaled
 from tersor.codecs.columns import ColumnSplit
 from tersor.codecs.dense import Dense
@@ -25,7 +27,9 @@ from tersor.codecs.trellis import Trellis
 __all__ = [
     "E8P",
     "BinaryPlanes",
+    "Block",
     "Codebook",
+    "Coded",
     "ColumnScaled",
     "ColumnSplit",
     "Dense",

@@ -44,8 +44,9 @@ _MOST_CLASSES = 8
 _WEIGHTS_OF_CLASS = 1 << 15
 _SEARCH_ROWS = 192
 """Rows on which the step is searched first, where a layer has more than twice as many."""
-_BIT_PRICE = 0.115
-"""What a bit costs in squared steps: ``2 ln 2 / 12``, the slope of a fine grid's distortion over its rate."""
+_BIT_PRICE, _COARSE_PRICE = 0.1155, 0.03
+"""What a bit costs in squared steps: ``2 ln 2 / 12``, the slope of a fine grid's distortion over its rate, and the
+second times ``4^(1 − rate)`` more, which makes it the slope on Gaussians at 1 bit too."""
 _ATTEMPTS, _MORE_ATTEMPTS, _LAST_ATTEMPTS = 6, 14, 60
 """Steps tried while 0.15 % of the bytes, while 1 %, and while all of them stay empty."""
 
@@ -119,7 +120,9 @@ class Coded(CompositeCodec):
         shape = (weight.shape[0], weight.shape[1])
         nbytes = self.parts(shape)[-1].nbytes
         lanes = self._lane_bytes(shape[0])
-        leaf = PricedGrid(self.inner, 2.05 - self.milli / 1000, self.classes(shape), _BIT_PRICE)
+        rate = self.milli / 1000
+        price = _BIT_PRICE + _COARSE_PRICE * 4.0 ** (1 - rate)
+        leaf = PricedGrid(self.inner, 2.05 - rate, self.classes(shape), price)
         search = StepSearch(leaf.octaves, 8.0 * (nbytes - lanes) / max(weight.numel(), 1))
         if shape[0] > 2 * _SEARCH_ROWS:
             few = weight[:: shape[0] // _SEARCH_ROWS].contiguous()

@@ -12,16 +12,19 @@ from torch import Tensor
 from tersor.codecs import ectcq_tables as tables
 from tersor.codecs.grouped import GroupedScalar
 from tersor.codecs.scales import storable
+from tersor.codecs.small_float import SmallFloat
 from tersor.contracts import Encoded, LeafCodec, Part, Shape, Side
-from tersor.kernels.reference_rans import ESCAPE, REACH
+from tersor.kernels import coded
+from tersor.kernels.reference_rans import ESCAPE, REACH, SYMBOLS
 
 FARTHEST = 256
 """Indices lie from −256 to 256: codes have at most 8 bits."""
 _MOST_LOW = 4
 _TRAINING_COLUMNS, _TRAINING_ROWS, _ROUNDS = 64, 2048, 3
 _NEAR = 2
-"""Candidates are the nearest code, this many to both sides, and the code of zero."""
-_ROWS_AT_ONCE = 256
+"""Candidates of small floats are the nearest code, this many to both sides, and the code of zero."""
+_CANDIDATES = 1 << 17
+"""Weights whose candidates are compared at one time."""
 _INNER = ("scale", "super", "zero")
 
 
@@ -100,7 +103,7 @@ class PricedGrid(LeafCodec):
         else:
             side["kind"] = torch.zeros(len(weight), dtype=torch.int64)
         side["low"] = torch.zeros(self.classes, dtype=torch.int64)
-        side["price"] = torch.zeros(self.classes, 2 * FARTHEST + 1)
+        side |= self._priced(torch.zeros(self.classes, 2, SYMBOLS), side["low"])
         return self._trained(side, weight) if weight.numel() else side
 
     def _trained(self, side: dict[str, Tensor], weight: Tensor) -> Side:
@@ -115,11 +118,11 @@ class PricedGrid(LeafCodec):
         index = self._index(codes, part, some)
         part["low"] = self._raw_bits(index, part["kind"])
         for _ in range(_ROUNDS):
-            part["price"] = self._prices(index, part["kind"], part["low"])
+            part |= self._agreeing(index, part)
             codes, _ = self.round(target, part, some)
             index = self._index(codes, part, some)
-        part["price"] = self._prices(index, part["kind"], part["low"])
-        return {**side, "low": part["low"], "price": part["price"]}
+        part |= self._agreeing(index, part)
+        return {**side, **{name: part[name] for name in ("low", "symbol", "price")}}
 
     def _raw_bits(self, index: Tensor, kind: Tensor) -> Tensor:
         """The number of raw bits with which each class takes least."""
@@ -129,11 +132,16 @@ class PricedGrid(LeafCodec):
             costs.append(tables.costs(counts, low.expand(self.classes)))
         return torch.stack(costs).argmin(0)
 
-    def _prices(self, index: Tensor, kind: Tensor, low: Tensor) -> Tensor:
-        """Bits of every index from −256 to 256, ``(classes, 513)``."""
-        symbols = tables.prices(tables.count(2 * index.T, kind, low), low)[:, 0]
+    def _agreeing(self, index: Tensor, side: Side) -> dict[str, Tensor]:
+        """Prices for indices that came up."""
+        counts = tables.count(2 * index.T, side["kind"], side["low"])
+        return self._priced(tables.prices(counts, side["low"]), side["low"])
+
+    def _priced(self, symbols: Tensor, low: Tensor) -> dict[str, Tensor]:
+        """Bits of symbols ``(classes, 2, 32)``, and of every index from −256 to 256, ``(classes, 513)``."""
         top = torch.arange(-FARTHEST, FARTHEST + 1)[None] >> low[:, None]
-        return torch.gather(symbols, 1, torch.where(top.abs() > REACH, ESCAPE, top + REACH))
+        place = torch.where(top.abs() > REACH, ESCAPE, top + REACH)
+        return {"symbol": symbols, "price": torch.gather(symbols[:, 0], 1, place)}
 
     def _group(self, side: Side, columns: Tensor) -> Tensor:
         """The groups of columns; a group without a number is the whole row."""
@@ -144,33 +152,62 @@ class PricedGrid(LeafCodec):
 
     def round(self, target: Tensor, side: Side, columns: Tensor) -> tuple[Tensor, Tensor]:
         """The codes of least error plus price, so not always the nearest."""
-        pieces = []
-        for start in range(0, max(len(target), 1), _ROWS_AT_ONCE):
-            here = slice(start, start + _ROWS_AT_ONCE)
-            tile = {name: side[name][here] for name in (*inner_side(side), "kind", "price_row")}
-            pieces.append(self._round(target[here], {**side, **tile}, columns))
-        return torch.cat([codes for codes, _ in pieces]), torch.cat([values for _, values in pieces])
-
-    def _round(self, target: Tensor, side: Side, columns: Tensor) -> tuple[Tensor, Tensor]:
         own = inner_side(side)
         group = self._group(side, columns)
-        nearest, _ = self.inner.round(target, own, columns)
         grid = self.inner.grid(own, len(columns))
-        middle = centre(self.inner, side)[:, group]
-        offsets = torch.arange(-_NEAR, _NEAR + 1)
-        tried = torch.cat([nearest.long()[:, :, None] + offsets, middle[:, :, None]], 2).clamp(0, grid.levels - 1)
-        if grid.zero is not None:
-            unit = tried.to(torch.float32) - grid.zero[:, group][:, :, None]
-        else:
-            assert grid.table is not None
-            unit = grid.table[0][tried]
-        place = tried - middle[:, :, None] + (FARTHEST + side["kind"] * (2 * FARTHEST + 1))[:, None, None]
-        bits = side["price"].flatten()[place]
         scale = side["scale"][:, group]
-        rate = side["price_row"][:, group] * side["price_column"][columns]
-        cost = ((target / scale)[:, :, None] - unit).square() + rate[:, :, None] * bits
-        best = cost.argmin(2, keepdim=True)
-        return torch.gather(tried, 2, best)[:, :, 0].int(), torch.gather(unit, 2, best)[:, :, 0] * scale
+        middle = centre(self.inner, side)[:, group]
+        if isinstance(self.inner, SmallFloat):
+            codes = self._cheapest(target, side, columns)
+        else:
+            # Even grid numbers 2 · index of a trellis with one state: the compiled search does them.
+            zero = middle if grid.zero is None else grid.zero[:, group]
+            wanted = 2 * (target / scale + (zero - middle))
+            low, high = -2 * middle, 2 * (grid.levels - 1 - middle)
+            codes = self._searched(wanted.clamp(low, high), side, columns).clamp(low, high) // 2 + middle
+        if grid.zero is not None:
+            return codes.int(), (codes.to(torch.float32) - grid.zero[:, group]) * scale
+        assert grid.table is not None
+        return codes.int(), grid.table[0][codes] * scale
+
+    def _searched(self, wanted: Tensor, side: Side, columns: Tensor) -> Tensor:
+        """Grid numbers ``(rows, n)`` int64 for targets in half steps; 0 where that costs less than what was found."""
+        group, kind = self._group(side, columns), side["kind"]
+        shrink = torch.zeros(self.classes, tables.SHRINKS + 1)
+        numbers = torch.empty(wanted.shape, dtype=torch.int64)
+        for which in sorted(set(group.tolist())):
+            here = group == which
+            row, column = 4 * side["price_row"][:, which], side["price_column"][columns[here]]
+            x = wanted[:, here]
+            found = coded.path(x, column, row, kind, side["symbol"], shrink, side["low"], 1).long()
+            place = (found >> 1) + (FARTHEST + kind * (2 * FARTHEST + 1))[:, None]
+            saved = side["price"].flatten()[place] - side["price"][kind, FARTHEST][:, None]
+            closer = x.square() - (x - found).square()
+            numbers[:, here] = torch.where(closer < row[:, None] * column * saved, 0, found)
+        return numbers
+
+    def _cheapest(self, target: Tensor, side: Side, columns: Tensor) -> Tensor:
+        """Codes ``(rows, n)`` int64 on a grid that is not even: of those near the nearest, and of zero's."""
+        own = inner_side(side)
+        group = self._group(side, columns)
+        table = self.inner.grid(own, len(columns)).table
+        assert table is not None
+        offsets = torch.arange(-_NEAR, _NEAR + 1)
+        step = max(_CANDIDATES // max(len(columns), 1), 1)
+        pieces = []
+        for start in range(0, max(len(target), 1), step):
+            rows = slice(start, start + step)
+            tile = {name: tensor[rows] for name, tensor in own.items()}
+            nearest, _ = self.inner.round(target[rows], tile, columns)
+            middle = centre(self.inner, tile)[:, group]
+            tried = torch.cat([nearest.long()[:, :, None] + offsets, middle[:, :, None]], 2)
+            tried = tried.clamp(0, table.shape[1] - 1)
+            place = tried - middle[:, :, None] + (FARTHEST + side["kind"][rows] * (2 * FARTHEST + 1))[:, None, None]
+            rate = side["price_row"][rows][:, group] * side["price_column"][columns]
+            error = (target[rows] / tile["scale"][:, group])[:, :, None] - table[0][tried]
+            cost = error.square() + rate[:, :, None] * side["price"].flatten()[place]
+            pieces.append(torch.gather(tried, 2, cost.argmin(2, keepdim=True))[:, :, 0])
+        return torch.cat(pieces)
 
     def values(self, encoded: Encoded, in_features: int) -> Tensor:
         return self.inner.values(Encoded(encoded.codes, inner_side(encoded.side)), in_features)
