@@ -38,6 +38,12 @@ TEXTS = [
     "rot(coded(fp6:e2m3:row):3.3)",
     "sum(coded(ternary:row):2,lowrank2)",
     "sum(ternary:g32,bin:row)",
+    "lowrank7(int8:row)",
+    "sum(int3:g32,lowrank3(int5:g8:asym):plain)",
+    "rot(lowrank4(trellis2:L8))",
+    "bitstack3:k2",
+    "sum(bitstack2:k1:plain,lowrank2(ternary:row))",
+    "rows(16:bitstack1:k3,40:lowrank2(int8:g8))",
     "rows(16:rot(trellis4:L12),40:mxfp4:e2m1:g32)",
     "rows(20:rot(int5:g32),31:sum(int2:g32,lowrank2),40:bf16)",
 ]

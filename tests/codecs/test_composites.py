@@ -34,6 +34,11 @@ TEXTS = [
     "sparse4of8(int4:row)",
     "sparse3of16(lut2:row)",
     "lowrank12",
+    "lowrank5(int8:row)",
+    "sum(int2:g32,lowrank6(int4:g4):plain):again1",
+    "bitstack3:k2",
+    "bitstack1:k5:plain",
+    "sum(bitstack1:k1,int2:g32)",
     "coded(int4:row):3.3",
     "coded(ternary:g32):1.9",
     "rot(coded(int5:row:asym:s8):3.2)",
@@ -161,6 +166,9 @@ def test_rotation_of_any_size_is_orthogonal(size: int, seed: int) -> None:
         ("sparse1:g32", "sparse<percent>"),
         ("lowrank0", "at least 1"),
         ("lowrank4:x", "lowrank<rank>"),
+        ("lowrank4(int8:row,int8:row)", "lowrank<rank>"),
+        ("lowrank4(bf16)", "no codes"),
+        ("lowrank0(int8:row)", "at least 1"),
     ],
 )
 def test_unreadable_texts_say_why(text: str, says: str) -> None:

@@ -61,6 +61,12 @@ def parts(text: str, rows: int, columns: int, recurse: Callable[[str, int, int],
         count = max(round(rows * columns * float(head[6:]) / 100), 1)
         return {"values": ("F16", (count,)), "columns": ("U16", (count,)), "starts": ("I32", (rows + 1,))}
     rank = int(head[7:])
+    if arguments:
+        return {
+            f"{side}_{name}": part
+            for side, size in (("left", rows), ("right", columns))
+            for name, part in recurse(arguments[0], rank, size).items()
+        }
     return {"left": ("F16", (rows, rank)), "right": ("F16", (rank, columns))}
 
 
@@ -72,7 +78,7 @@ def decode(
     recurse: Callable[[str, Mapping[str, Array], int, int], Array],
 ) -> Array:
     """The float32 weight ``(rows, columns)``. ``recurse``: the same for any codec."""
-    head, _, options = head_of(text)
+    head, arguments, options = head_of(text)
     if head in ("rot", "sum"):
         terms = [
             recurse(inner, {n.removeprefix(p): a for n, a in arrays.items() if n.startswith(p)}, rows, columns)
@@ -92,11 +98,29 @@ def decode(
         weight = np.zeros((rows, columns), np.float32)
         weight[np.repeat(np.arange(rows), np.diff(starts)), places] = arrays["values"].astype(np.float32)
         return weight
-    left, right = arrays["left"].astype(np.float32), arrays["right"].astype(np.float32)
+    left, right = _factors(head, arguments, arrays, rows, columns, recurse)
     weight = np.zeros((rows, columns), np.float32)
     for index in range(left.shape[1]):
         weight = weight + left[:, index : index + 1] * right[index]
     return weight
+
+
+def _factors(
+    head: str,
+    arguments: list[str],
+    arrays: Mapping[str, Array],
+    rows: int,
+    columns: int,
+    recurse: Callable[[str, Mapping[str, Array], int, int], Array],
+) -> tuple[Array, Array]:
+    """Both factors of a ``lowrank`` float32: as they are stored, or each component a row in a codec of their own."""
+    if not arguments:
+        return arrays["left"].astype(np.float32), arrays["right"].astype(np.float32)
+    across, down = (
+        recurse(arguments[0], {n.removeprefix(p): a for n, a in arrays.items() if n.startswith(p)}, int(head[7:]), size)
+        for p, size in (("left_", rows), ("right_", columns))
+    )
+    return across.T, down
 
 
 def unrotate(rows: Array, seed: int) -> Array:

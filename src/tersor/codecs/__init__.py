@@ -11,12 +11,13 @@ from tersor.codecs.ectcq import EntropyCodedTrellis
 from tersor.codecs.integer import Integer
 from tersor.codecs.lattice import E8P
 from tersor.codecs.lookup import LookupTable
-from tersor.codecs.low_rank import LowRank
+from tersor.codecs.low_rank import CodedLowRank, LowRank
 from tersor.codecs.microscaling import MicroFloat
 from tersor.codecs.pyramid import Pyramid
 from tersor.codecs.rotated import Rotated
 from tersor.codecs.rows import RowStretches
 from tersor.codecs.semi_structured import SemiStructured
+from tersor.codecs.sign_magnitude import BitStack
 from tersor.codecs.small_float import SmallFloat
 from tersor.codecs.sparse import Sparse
 from tersor.codecs.ternary import Ternary
@@ -27,8 +28,10 @@ from tersor.codecs.trellis import Trellis
 __all__ = [
     "E8P",
     "BinaryPlanes",
+    "BitStack",
     "Block",
     "Codebook",
+    "CodedLowRank",
     "Coded",
     "ColumnScaled",
     "ColumnSplit",

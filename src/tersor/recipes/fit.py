@@ -82,10 +82,15 @@ def with_outliers(dense: Iterable[str], bits: float, shape: Shape, *, least: flo
     return fullest(listed, bits, shape)
 
 
-def with_low_rank(dense: Iterable[str], bits: float, shape: Shape, *, plain: bool = False, again: str = "") -> str:
-    """``sum(<dense>,lowrank<r>)`` with the largest rank over the first of ``dense`` that leaves room for any."""
+def with_low_rank(
+    dense: Iterable[str], bits: float, shape: Shape, *, factors: str = "", plain: bool = False, again: str = ""
+) -> str:
+    """``sum(<dense>,lowrank<r>)`` with the largest rank over the first of ``dense`` that leaves room for any.
+
+    ``factors``: the codec of the factors; float16 where it is empty.
+    """
     listed = list(dense)
-    suffix = ":plain" if plain else ""
+    suffix = (f"({factors})" if factors else "") + (":plain" if plain else "")
     for text in listed:
         found = largest(lambda rank, text=text: f"sum({text},lowrank{rank}{suffix}){again}", min(shape), bits, shape)  # type: ignore[misc]
         if found is not None:

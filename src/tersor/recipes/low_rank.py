@@ -8,6 +8,9 @@ from tersor.recipes.recipe import Claim, Paper
 from tersor.recipes.registry import recipe
 from tersor.solvers import Nearest
 
+_FACTORS = "int8:row"
+"""Codec of the factors: 8 bits, as LoRC has them, and EoRA and LQ-LoRA where they count bytes; twice the rank fits."""
+
 
 def _dense(bits: float, shape: Shape) -> list[str]:
     """Coarse groups: their room goes to the factors."""
@@ -22,9 +25,12 @@ recipe(
         "S087",
     ),
     summary="Nearest rounding, and the best low-rank approximation of its error (LoRC).",
-    codec=lambda bits, shape: with_low_rank(_dense(bits, shape), bits, shape, plain=True),
+    codec=lambda bits, shape: with_low_rank(_dense(bits, shape), bits, shape, factors=_FACTORS, plain=True),
     solver=Nearest,
-    differs="The rank is what the budget allows (3 to 10 here), paid for by coarser groups; factors are float16.",
+    differs=(
+        "The rank is what the budget allows (3 to 12 here), paid for by coarser groups; factors are 8-bit integers "
+        "with a scale for each component, and the right one is fitted once more to the left one as stored."
+    ),
     claims=(Claim("Low-rank compensation beats rounding alone.", "rtn", (3, 4)),),
 )
 
@@ -36,9 +42,9 @@ recipe(
         "S109",
     ),
     summary="The same with the low-rank part that is best for the layer's output.",
-    codec=lambda bits, shape: with_low_rank(_dense(bits, shape), bits, shape),
+    codec=lambda bits, shape: with_low_rank(_dense(bits, shape), bits, shape, factors=_FACTORS),
     solver=Nearest,
-    differs="No pruning; the rank is what the budget allows.",
+    differs="No pruning; the rank is what the budget allows, with factors in 8 bits.",
     claims=(
         Claim("Beats the plain singular value decomposition at equal rank.", "zeroquant-v2", (3, 4)),
         Claim("The output error is below that of the plain decomposition.", "zeroquant-v2", (3, 4), metric="output"),
@@ -53,11 +59,11 @@ recipe(
         "S101",
     ),
     summary="Codes and factors in turn.",
-    codec=lambda bits, shape: with_low_rank(_dense(bits, shape), bits, shape, again=":again3"),
+    codec=lambda bits, shape: with_low_rank(_dense(bits, shape), bits, shape, factors=_FACTORS, again=":again3"),
     solver=Nearest,
     differs=(
         "The decomposition only, weighted by the Gram matrix instead of Fisher means; integers in place of NF, no "
-        "program that assigns bits, no tuning."
+        "program that assigns bits, no tuning. Factors are 8-bit integers in every round."
     ),
     claims=(Claim("Alternating beats one pass on the same quantizer.", "eora", (2, 3)),),
 )
