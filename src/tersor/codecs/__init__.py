@@ -8,6 +8,7 @@ from tersor.codecs.column_scale import ColumnScaled
 from tersor.codecs.columns import ColumnSplit
 from tersor.codecs.dense import Dense
 from tersor.codecs.ectcq import EntropyCodedTrellis
+from tersor.codecs.gguf_scalar import GgufScalar
 from tersor.codecs.integer import Integer
 from tersor.codecs.lattice import E8P
 from tersor.codecs.lookup import LookupTable
@@ -37,6 +38,7 @@ __all__ = [
     "ColumnSplit",
     "Dense",
     "EntropyCodedTrellis",
+    "GgufScalar",
     "Integer",
     "LookupTable",
     "LowRank",
