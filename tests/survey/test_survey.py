@@ -170,3 +170,42 @@ def test_the_command(small: Path, words: Path, tmp_path: Path):
     assert "gptq" in told.stdout
     assert "holds" in told.stdout + told.stderr or "undecided" in told.stdout or "fails" in told.stdout
     assert CliRunner().invoke(app, [*arguments, "--bits", "two"]).exception is not None
+
+
+TUNED = """
+from tersor.recipes import Paper, recipe
+from tersor.recipes.baselines import gptq
+from tersor.recovery import BlockTuning
+from tersor.solvers import Nearest
+
+def planned(bits, shapes, loss):
+    assert all(loss(name, "int2:row") > loss(name, "int4:row") > 0 for name in shapes)
+    return {name: "int4:row" if "mlp" in name else "int2:row" for name in shapes}
+
+recipe(name="tuned", paper=Paper("x"), summary="x", codec=lambda bits, shape: "int2:row", solver=Nearest, differs="x",
+       tune=BlockTuning(steps=12, rate=0.02, sequences=4))
+recipe(name="plain", paper=Paper("x"), summary="x", codec=lambda bits, shape: "int2:row", solver=Nearest, differs="x")
+recipe(name="planned", paper=Paper("x"), summary="x", codec=lambda bits, shape: "int2:row", solver=gptq, differs="x",
+       plan=planned)
+"""
+
+
+def test_recipes_that_tune_blocks_and_plan_over_layers(run: Callable[..., Survey], tmp_path: Path):
+    file = tmp_path / "tuned.py"
+    file.write_text(TUNED)
+    found = run(recipes=(str(file),), bits=(2, 3.5), dtype="float32")
+    by = {(one.recipe, one.bits): one for one in found.outcomes}
+    tuned, plain = by["tuned", 2], by["plain", 2]
+    assert tuned.status == plain.status == "measured", (tuned.error, plain.error)
+    assert tuned.nbytes == plain.nbytes
+    assert tuned.kl != plain.kl
+    assert "BlockTuning(steps=12" in tuned.recipe_settings
+    assert by["planned", 2].status == "failed"
+    assert "more than the" in by["planned", 2].error
+    assert by["planned", 3.5].status == "measured", by["planned", 3.5].error
+    assert plain.nbytes < by["planned", 3.5].nbytes
+    assert by["planned", 3.5].output_error < by["plain", 3.5].output_error
+    for database in tmp_path.glob("out/*.sqlite"):
+        database.unlink()
+    again = run(recipes=(str(file),), bits=(2,), dtype="float32", workers=2)
+    assert {one.recipe: one.kl for one in again.outcomes}["tuned"] == tuned.kl

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from tersor.codecs import parse
 from tersor.contracts import Codec, Gram, Shape, Solver
 from tersor.errors import BadInput, TersorError
+from tersor.recovery import BlockTuning
 
 
 class NothingFits(TersorError):
@@ -67,7 +68,10 @@ class Recipe:
     everything counted, as close to it as the family allows; raises :class:`NothingFits`. ``solver``: makes the solver.
     ``calibrated``: whether it may see the Gram matrix. ``refine(weight, codec)``: for weights whose codec depends on
     their values, one that takes no more bits. ``prepare(weight, gram, codec)``: changes a layer before coding;
-    ``side(shape)``: the bits that undoing it takes in the file. ``needs``: codec texts without which the recipe does
+    ``side(shape)``: the bits that undoing it takes in the file. ``plan(bits, shapes, loss)``: a codec's text for each
+    layer by name, for methods that share ``bits`` per weight out among layers; ``loss(name, text)`` is the relative
+    output error that a codec would give a layer, ``shapes`` has copies stacked. ``tune``: what is done to each block
+    once its layers are encoded. ``needs``: codec texts without which the recipe does
     not exist. ``differs``: how this is not what the paper did.
     """
 
@@ -82,6 +86,8 @@ class Recipe:
     refine: Callable[[Tensor, Codec], Codec] | None = None
     prepare: Callable[[Tensor, Gram, Codec], Prepared] | None = None
     side: Callable[[Shape], int] = _no_side
+    plan: Callable[[float, Mapping[str, Shape], Callable[[str, str], float]], Mapping[str, str]] | None = None
+    tune: BlockTuning | None = None
     needs: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:
@@ -89,6 +95,8 @@ class Recipe:
             raise BadInput(f"A recipe cannot be called {self.name!r}; use letters, digits, - and '.'.")
         if self.prepare is not None and not self.calibrated:
             raise BadInput(f"Recipe {self.name} prepares weights with a Gram matrix, so it must be calibrated.")
+        if self.prepare is not None and self.tune is not None:
+            raise BadInput(f"Recipe {self.name} prepares weights and tunes blocks; tuning knows no prepared weights.")
 
     def codec_for(self, bits: float, shape: Shape) -> Codec:
         """The codec for a layer of ``shape`` and at most ``bits`` per weight, what ``prepare`` costs included.

@@ -97,7 +97,8 @@ recipe(
 )
 
 
-def _float(bits: float, shape: Shape) -> str:
+def small_float(bits: float, shape: Shape) -> str:
+    """Floats of 4, 6 or 8 bits with float16 scales: groups of 64 where they fit, else the finest that do."""
     if bits < 4:
         raise NothingFits(f"Small floats have at least 4 bits; {bits:.3f} were given.")
     width = 4 if bits < 6 else 6 if bits < 8 else 8
@@ -105,7 +106,7 @@ def _float(bits: float, shape: Shape) -> str:
     return fullest([f"{form}:g64", *grouped(f"{form}:{{}}", shape[1])], bits, shape)
 
 
-def _best_float(weight: Tensor, codec: Codec) -> Codec:
+def best_float(weight: Tensor, codec: Codec) -> Codec:
     """The split of exponent and mantissa with the least squared error, scales fitted to each."""
     assert isinstance(codec, SmallFloat)
     numbers = torch.arange(weight.shape[1])
@@ -130,7 +131,7 @@ recipe(
         "S184",
     ),
     summary="FP4 (E2M1) weights in groups, rounded with error feedback.",
-    codec=_float,
+    codec=small_float,
     solver=gptq,
     differs="Weights only, free scales, no low-rank correction.",
     claims=(Claim("FP4 weights are no more than 1 % worse than INT4 at equal groups.", "gptq", (4,), 1.01),),
@@ -140,9 +141,9 @@ recipe(
     name="llm-fp4",
     paper=Paper("LLM-FP4: 4-Bit Floating-Point Quantized Transformers", "2310.16836", "S169"),
     summary="FP4 whose split of exponent and mantissa is searched for each matrix.",
-    codec=_float,
+    codec=small_float,
     solver=_rounding,
-    refine=_best_float,
+    refine=best_float,
     differs="Weights only; the search is by weight error, with a scale for each group instead of a real-valued bias.",
     claims=(Claim("Searched FP4 is better than integers.", "rtn", (4,)),),
 )

@@ -9,7 +9,8 @@ from tersor.recipes.registry import readable, recipe
 from tersor.solvers import ErrorFeedback
 
 
-def _trellis(bits: float, shape: Shape) -> str:
+def trellis(bits: float, shape: Shape) -> str:
+    """A rotated trellis of as many whole bits as fit."""
     return fullest([f"rot(trellis{width}:L12)" for width in (1, 2, 3, 4)], bits, shape)
 
 
@@ -55,7 +56,7 @@ recipe(
     name="qtip",
     paper=Paper("QTIP: Quantization with Trellises and Incoherence Processing", "2406.11235"),
     summary="A bit-shift trellis in a rotated basis, with error feedback.",
-    codec=_trellis,
+    codec=trellis,
     solver=ErrorFeedback,
     needs=("rot(trellis2:L12)",),
     differs="A window of 12 bits and a small table instead of 16 bits and a computed code; rows alone are rotated.",

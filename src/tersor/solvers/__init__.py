@@ -6,6 +6,7 @@ from tersor.solvers.encode import ROW_CHUNK, Encoder, chunk_of
 from tersor.solvers.feedback import ErrorFeedback
 from tersor.solvers.full_range import FullRange
 from tersor.solvers.half_quadratic import HalfQuadratic
+from tersor.solvers.learned_rounding import LearnedPerturbation, LearnedRounding
 from tersor.solvers.nearest import Nearest
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "ErrorFeedback",
     "FullRange",
     "HalfQuadratic",
+    "LearnedPerturbation",
+    "LearnedRounding",
     "Nearest",
     "chunk_of",
 ]

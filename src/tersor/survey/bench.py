@@ -12,7 +12,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,19 +21,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tersor.codecs import parse
 from tersor.contracts import Codec, Gram, Layer
 from tersor.errors import TersorError
 from tersor.evaluation.divergence import DivergenceAccumulator
 from tersor.recipes import NothingFits, Recipe
 from tersor.runtime.stream import BlockStream
-from tersor.solvers import Encoder
-from tersor.stages.context import Context, block_weights, oriented
+from tersor.solvers import Encoder, ErrorFeedback
+from tersor.stages.context import Context, block_weights
 from tersor.stages.finish import peak_resident_bytes
 from tersor.stages.memory import give_back
 from tersor.stages.text import Texts
 from tersor.stages.verify import Pair, advance_states, compare_sequence
 from tersor.stages.work import Work
 from tersor.statistics.collect import collect_grams
+from tersor.survey.blocks import BlockTuner, Piece, encode_copies, encode_layer, expected_loss, put_values
 from tersor.survey.records import Outcome
 from tersor.version import __version__
 
@@ -127,6 +129,42 @@ def measure_shared(bench: Bench) -> None:
         stream.close()
 
 
+def block_grams(bench: Bench, block: int) -> dict[str, Gram]:
+    """The Gram matrices of a block's inputs, by ``<inputs>#<copy>``."""
+    tokens = bench.work.load(_DONE)["tokens"]
+    matrices = bench.work.load_tensors(f"gram-{block}.safetensors")
+    return {name: Gram(matrix, tokens[name]) for name, matrix in matrices.items()}
+
+
+def chosen_codecs(
+    bench: Bench, recipe: Recipe, bits: float, codecs: Mapping[tuple[int, int], Codec]
+) -> dict[Layer, Codec]:
+    """The codec for every layer: that for its shape, or what the recipe's plan says.
+
+    Raises :class:`NothingFits` for a plan that takes more than ``bits`` per weight, side information as for others.
+    """
+    if recipe.plan is None:
+        return {layer: codecs[layer.shape] for layer in bench.layers}
+    layers = {layer.name: layer for layer in bench.layers}
+    at: list[tuple[int | None, dict[str, Gram], Encoder]] = []
+
+    def loss(name: str, text: str) -> float:
+        layer = layers[name]
+        if not at or at[0][0] != layer.block:
+            assert layer.block is not None
+            at[:] = [(layer.block, block_grams(bench, layer.block), Encoder(ErrorFeedback(refit=False)))]
+        return expected_loss(bench.context, layer, parse(text), *at[0][1:])
+
+    texts = recipe.plan(bits + SIDE, {name: layer.stored_shape for name, layer in layers.items()}, loss)
+    found = {layer: parse(texts[name]) for name, layer in layers.items()}
+    used = sum(layer.copies * recipe.bits(codec, layer.shape) for layer, codec in found.items())
+    if used > (bits + SIDE) * bench.weights:
+        raise NothingFits(
+            f"Recipe {recipe.name} planned {used:,} bits, more than the {int((bits + SIDE) * bench.weights):,} it has."
+        )
+    return found
+
+
 def _embedded(stream: BlockStream, ids: Tensor, chunk: int) -> list[Tensor]:
     return [stream.embed(piece) for piece in _pieces(ids, chunk)]
 
@@ -155,7 +193,8 @@ def blank(bench: Bench, recipe: Recipe, bits: float) -> tuple[Outcome, dict[tupl
         "codecs": {f"{rows}x{columns}": str(codec) for (rows, columns), codec in codecs.items()},
         "solver": repr(recipe.solver()),
         "calibrated": recipe.calibrated,
-        "steps": [step.__qualname__ for step in (recipe.refine, recipe.prepare) if step is not None],
+        "steps": [step.__qualname__ for step in (recipe.refine, recipe.prepare, recipe.plan) if step is not None],
+        **({"tune": repr(recipe.tune)} if recipe.tune is not None else {}),
     }
     outcome = Outcome(
         model=bench.context.source.fingerprint(),
@@ -183,7 +222,7 @@ def run_recipe(bench: Bench, recipe: Recipe, bits: float, progress: Callable[[in
         return outcome
     found: dict[str, Any]
     try:
-        found = _measure(bench, recipe, codecs, progress)
+        found = _measure(bench, recipe, chosen_codecs(bench, recipe, bits, codecs), progress)
     except _OF_RECIPES as error:
         found = {"status": "failed", "error": _told(error)}
     return Outcome(
@@ -202,32 +241,39 @@ def _told(error: Exception) -> str:
 
 
 def _measure(
-    bench: Bench, recipe: Recipe, codecs: dict[tuple[int, int], Codec], progress: Callable[[int], None]
+    bench: Bench, recipe: Recipe, codecs: Mapping[Layer, Codec], progress: Callable[[int], None]
 ) -> dict[str, Any]:
     context = bench.context
-    tokens = bench.work.load(_DONE)["tokens"]
     stream = context.stream()
     total, errors = 0, []
     notes: dict[str, None] = {}
     try:
         with torch.no_grad():
             states = _pieces(bench.work.load_tensors("begin.safetensors")["states"], context.chunk)
+            tuner = None if recipe.tune is None else BlockTuner(context, stream, bench.texts.calibration, recipe.tune)
             for block in range(len(context.anatomy.blocks)):
-                grams = bench.work.load_tensors(f"gram-{block}.safetensors")
-                ready = {name: Gram(matrix, tokens[name]) for name, matrix in grams.items()}
+                ready = block_grams(bench, block)
                 with stream.block(block) as module:
                     weights = block_weights(context, module, block)
+                    pieces: list[Piece] = []
                     encoder: tuple[str, Encoder] | None = None
                     for layer in sorted(weights, key=lambda layer: layer.inputs):
                         if encoder is None or encoder[0] != layer.inputs:
                             # One encoder for all that read the same input: its Gram matrix is factored once.
                             encoder = (layer.inputs, Encoder(recipe.solver(), workers=context.workers))
-                        used, error = _replace(
-                            context, recipe, layer, weights[layer], codecs[layer.shape], ready, encoder[1]
-                        )
+                        used, found = encode_copies(context, recipe, layer, codecs[layer], ready, encoder[1])
                         total += used
-                        errors += error
+                        if tuner is None:
+                            put_values(weights[layer], layer, found)
+                            errors += [error for piece in found if (error := piece.error()) is not None]
+                        else:
+                            pieces += found
                         notes.update({f"{layer.name}: {note}": None for note in encoder[1].notes})
+                    if tuner is not None:
+                        tuned = tuner.tune(module, block, pieces)
+                        for layer in weights:
+                            put_values(weights[layer], layer, [piece for piece in tuned if piece.layer == layer])
+                        errors += [error for piece in tuned if (error := piece.error()) is not None]
                     states = advance_states(stream, module, block, states, context.workers)
                 give_back()
                 progress(block + 1)
@@ -246,54 +292,6 @@ def _measure(
         "top1": quality.top1,
         "error": " ".join(notes),
     }
-
-
-def _replace(
-    context: Context,
-    recipe: Recipe,
-    layer: Layer,
-    parameter: Tensor,
-    codec: Codec,
-    grams: dict[str, Gram],
-    encoder: Encoder,
-) -> tuple[int, list[float]]:
-    """Put a layer's decoded values in the place of its weights; gives the bits they take and their output errors."""
-    source = context.weight(layer)
-    decoded, bits, errors = [], 0, []
-    for copy in range(layer.copies):
-        weight = source[copy].float().contiguous()
-        gram = grams.get(f"{layer.inputs}#{copy}")
-        used, values = encode_layer(recipe, weight, codec, gram, encoder)
-        bits += used
-        decoded.append(values)
-        if gram is not None:
-            error, energy = (float(((m @ gram.matrix) * m).double().sum()) for m in (weight - values, weight))
-            if energy > 0:
-                errors.append(error / energy)
-    oriented(parameter, layer).copy_(torch.stack(decoded))
-    return bits, errors
-
-
-def encode_layer(
-    recipe: Recipe, weight: Tensor, codec: Codec, gram: Gram | None, encoder: Encoder
-) -> tuple[int, Tensor]:
-    """Bits, and decoded values ``(out, in)`` of ``weight (out, in)`` float32, by a recipe."""
-    shape = (weight.shape[0], weight.shape[1])
-    if recipe.refine is not None:
-        finer = recipe.refine(weight, codec)
-        if finer.bits(shape) > codec.bits(shape):
-            raise NothingFits(f"Recipe {recipe.name} refined {codec} into {finer}, which takes more bits.")
-        codec = finer
-    if recipe.prepare is not None and gram is not None:
-        prepared = recipe.prepare(weight, gram, codec)
-        tensors, values = encoder(prepared.weight, codec, prepared.gram)
-        values = prepared.restore(values)
-    else:
-        tensors, values = encoder(weight, codec, gram if recipe.calibrated else None)
-    stored = 8 * sum(tensor.nbytes for tensor in tensors.values())
-    if stored != codec.bits(shape):
-        raise NothingFits(f"Codec {codec} says {codec.bits(shape):,} bits for {shape} and stored {stored:,}.")
-    return recipe.bits(codec, shape), values
 
 
 def _compare(bench: Bench, stream: BlockStream, states: Tensor) -> DivergenceAccumulator:
