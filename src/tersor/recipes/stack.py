@@ -18,7 +18,7 @@ _MOST = 8
 
 
 def _stack(bits: float, shape: Shape, *, scaled: bool) -> str:
-    """Stages first, then rank: a stage takes two thirds of the error away, a rank one or two percent.
+    """Stages first, then rank: a stage takes half to two thirds of the error away, a rank one or two percent.
 
     Scales are left out where they would cost a stage.
     """
