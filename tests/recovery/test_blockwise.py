@@ -77,7 +77,7 @@ def test_tuning_starts_at_the_codecs_own_and_stores_what_it_measured(text: str) 
         assert torch.allclose(one.values(), values, rtol=1e-5, atol=1e-7)
         assert all(torch.equal(one.stored()[part], tensor) for part, tensor in tensors.items())
     before = {name: {part: t.clone() for part, t in tensors.items()} for name, (tensors, _) in block.encoded.items()}
-    tuned = block.tuned(BlockTuning(steps=20, batch=4, rate=0.03, checks=4))
+    tuned = block.tuned(BlockTuning(steps=20, batch=256, rate=0.03, checks=4))
     assert tuned.before == pytest.approx(block.loss(before), rel=1e-4)
     assert tuned.after == pytest.approx(block.loss(tuned.tensors), rel=1e-4)
     assert tuned.after < tuned.before
@@ -91,7 +91,7 @@ def test_tuning_starts_at_the_codecs_own_and_stores_what_it_measured(text: str) 
 
 
 def test_rounding_gains_much_on_a_coarse_grid() -> None:
-    tuned = Block("int2:g32", Nearest()).tuned(BlockTuning(steps=60, batch=8, rate=0.02))
+    tuned = Block("int2:g32", Nearest()).tuned(BlockTuning(steps=60, batch=512, rate=0.02))
     assert tuned.after < 0.7 * tuned.before
 
 
@@ -106,7 +106,7 @@ def test_steps_that_only_harm_are_thrown_away() -> None:
 @pytest.mark.parametrize("text", ["int2:g32", "rot(trellis2:L8)"])
 def test_threads_and_repetition_change_nothing(text: str) -> None:
     block = Block(text, Nearest())
-    tuning = BlockTuning(steps=6, batch=4, seed=3)
+    tuning = BlockTuning(steps=6, batch=256, seed=3)
     first, second = block.tuned(tuning), block.tuned(tuning, workers=3)
     for name in SHAPES:
         for part, tensor in first.tensors[name].items():
@@ -149,6 +149,6 @@ def test_bad_input_is_refused() -> None:
     block = Block("int4:row", Nearest())
     with pytest.raises(BadInput, match=r"\(8, 64, 64\) towards \(7, 64, 64\)"):
         tune_block(run, block.tunables(), block.decode, block.inputs, block.targets[:7], BlockTuning())
-    for bad in ({"steps": -1}, {"batch": 0}, {"rate": 0.0}, {"sequences": 0}, {"checks": 0}):
+    for bad in ({"steps": -1}, {"batch": 0}, {"rate": 0.0}, {"sample": 0}, {"checks": 0}):
         with pytest.raises(BadInput, match="cannot be used"):
             BlockTuning(**bad)  # type: ignore[arg-type]

@@ -183,7 +183,7 @@ def planned(bits, shapes, loss):
     return {name: "int4:row" if "mlp" in name else "int2:row" for name in shapes}
 
 recipe(name="tuned", paper=Paper("x"), summary="x", codec=lambda bits, shape: "int2:row", solver=Nearest, differs="x",
-       tune=BlockTuning(steps=12, rate=0.02, sequences=4))
+       tune=BlockTuning(steps=12, batch=64, rate=0.02))
 recipe(name="plain", paper=Paper("x"), summary="x", codec=lambda bits, shape: "int2:row", solver=Nearest, differs="x")
 recipe(name="planned", paper=Paper("x"), summary="x", codec=lambda bits, shape: "int2:row", solver=gptq, differs="x",
        plan=planned)

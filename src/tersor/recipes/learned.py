@@ -92,9 +92,9 @@ recipe(
     summary="Rounding offsets and scales of a block by signed gradients of the block's output error.",
     codec=uniform,
     solver=gptq,
-    tune=BlockTuning(steps=24, batch=2, rate=0.01),
+    tune=BlockTuning(steps=48, rate=0.01),
     differs=(
-        "It begins with error feedback's codes instead of the nearest ones, and takes 24 steps of 1,024 tokens instead "
+        "It begins with error feedback's codes instead of the nearest ones, and takes 48 steps of 1,024 tokens instead "
         "of 200 of 16,384; one multiplier a group for a symmetric grid; the best of three iterates on all sequences."
     ),
     claims=(
@@ -127,7 +127,7 @@ recipe(
     codec=trellis,
     solver=ErrorFeedback,
     needs=("rot(trellis2:L12)",),
-    tune=BlockTuning(steps=16, batch=2, rate=0.03),
+    tune=BlockTuning(steps=16, rate=0.03),
     differs=(
         "Row scales alone, after the whole block is encoded; the paper tunes weights not yet encoded too, and norms. "
         "As in qtip, a window of 12 bits and rows alone rotated."

@@ -40,20 +40,25 @@ class Tuned:
 
 @dataclass(frozen=True)
 class BlockTuning:
-    """The settings of :func:`tune_block`, and ``sequences``: how many of a text to tune on. Called like it."""
+    """The settings of :func:`tune_block`, which is what calling one does.
 
-    steps: int = 24
-    batch: int = 2
+    ``steps``: each on about ``batch`` tokens, in whole sequences. ``rate``: of the first one, for a rounding offset.
+    ``checks``: how often the loss is measured on all states, evenly over the steps and after the last. ``sample``: how
+    many tokens whoever has a text should take of it. ``seed``: of the order of sequences.
+    """
+
+    steps: int = 48
+    batch: int = 1024
     rate: float = 0.01
     checks: int = 2
+    sample: int = 8192
     seed: int = 0
-    sequences: int = 16
 
     def __post_init__(self) -> None:
-        if self.steps < 0 or self.batch < 1 or self.checks < 1 or self.sequences < 1 or not self.rate > 0:
+        if self.steps < 0 or self.batch < 1 or self.checks < 1 or self.sample < 1 or not self.rate > 0:
             raise BadInput(
-                f"{self} cannot be used: there are 0 or more steps, at least 1 of sequences, batch and checks, and a "
-                f"rate above 0."
+                f"{self} cannot be used: there are 0 or more steps, batch, checks and sample are at least 1, and the "
+                f"rate is above 0."
             )
 
     def __call__(
@@ -90,7 +95,7 @@ def tune_block(
             f"A block cannot be tuned from states {tuple(inputs.shape)} towards {tuple(targets.shape)}: give both as "
             f"(sequences, length, width), none of them 0."
         )
-    steps, batch = tuning.steps, min(tuning.batch, len(inputs))
+    steps, batch = tuning.steps, min(max(tuning.batch // inputs.shape[1], 1), len(inputs))
     power = float(targets.float().square().mean()) or 1.0
     best = _measured(run, weights, decode, inputs, targets, workers)
     before = best.after

@@ -127,7 +127,7 @@ class BlockTuner:
 
     def __init__(self, context: Context, stream: BlockStream, text: TokenBatch, tuning: BlockTuning) -> None:
         self._context, self._stream, self._tuning = context, stream, tuning
-        self._reference = [stream.embed(row[None]) for row in text.ids[: tuning.sequences]]
+        self._reference = [stream.embed(row[None]) for row in text.ids[: max(tuning.sample // text.ids.shape[1], 1)]]
         self._states = torch.cat(self._reference)
 
     def tune(self, module: nn.Module, block: int, pieces: Sequence[Piece]) -> list[Piece]:
