@@ -95,7 +95,7 @@ recipe(
     tune=BlockTuning(steps=48, checks=1, sample=16_384),
     differs=(
         "It begins with error feedback's codes instead of the nearest ones, and takes 48 steps of 1,024 tokens instead "
-        "of 200 of 16,384; one multiplier a group for a symmetric grid; kept where the block gets better on all of them."
+        "of 200 of 16,384; one multiplier a group for a symmetric grid; kept where it helps on all sequences."
     ),
     claims=(
         Claim("Block-wise learned rounding beats error feedback at 2 bits.", "gptq", (2,)),
