@@ -19,7 +19,7 @@ DEVELOPER := $(VENV)/.installed-for-development
 comma := ,
 SLOW := note: no C++ compiler was found; everything works, but encoding takes about three times as long
 
-.PHONY: demo test lint bench bench-leaves bench-allocation bench-sensitivity bench-memory bench-resume bench-peers clean
+.PHONY: demo test lint bench bench-leaves bench-limit bench-allocation bench-sensitivity bench-memory bench-resume bench-peers clean
 .DELETE_ON_ERROR:
 
 demo: $(USER)
@@ -54,6 +54,11 @@ TEXT ?= wikitext2-valid.txt
 
 out/reference: $(USER)
 	$(BIN)/python benchmarks/reference_model.py $@
+
+# All bits that layers of a real model take, above the least for the same output error. LIMIT=--quick for three layers.
+bench-limit: out/reference
+	@test -f $(TEXT) || { echo "name a text to measure on: make bench-limit TEXT=/path/to/text.txt" >&2; exit 1; }
+	$(BIN)/python benchmarks/limit.py --model out/reference --text $(TEXT) $(LIMIT)
 
 bench-allocation: out/reference
 	@test -f $(TEXT) || { echo "name a text to measure on: make bench-allocation TEXT=/path/to/text.txt" >&2; exit 1; }

@@ -40,7 +40,7 @@ def main() -> None:
             encoded = time.perf_counter()
             codec.decode(tensors, shape)
             decoded = time.perf_counter()
-            leaf = TrellisGrid(states, 2.0 - rate, codec.classes(shape), 0.36)
+            leaf = TrellisGrid(states, 2.0 - rate, codec.contexts(shape), 0.36)
             side = leaf.prepare(weight)
             started = time.perf_counter()
             leaf.round(weight, side, columns)

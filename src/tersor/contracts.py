@@ -234,13 +234,13 @@ class LeafCodec(Codec):
 
 @dataclass(frozen=True)
 class Gram:
-    """Second moment of a layer's inputs.
+    """Second moment of a layer's inputs: ``matrix (in, in)`` float32, mean over ``tokens`` tokens of ``x xᵀ``.
 
-    ``matrix``: ``(in, in)`` float32, mean over tokens of ``x xᵀ``. ``tokens``: how many were averaged.
-    """
+    ``damped``: a codec added to the diagonal all that is wanted."""
 
     matrix: Tensor
     tokens: int
+    damped: bool = False
 
 
 class Solver(ABC):

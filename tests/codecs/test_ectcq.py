@@ -69,7 +69,7 @@ def test_bits_and_round_trips(text: str, solver: object, shape: tuple[int, int])
     limit = 1.02 * 2.0 ** (-2 * (codec.milli / 1000 - 0.55)) if shape[0] < 128 else 1.0
     live = torch.arange(shape[1]) != 7
     if isinstance(solver, Nearest):
-        assert (weight - values)[:, live].square().sum() < limit * weight.square().sum() * 8
+        assert (weight - values)[:, live].square().sum() < limit * weight.square().sum() * 12
     assert distortion(weight - values, gram) < limit * distortion(weight, gram)
 
 
@@ -111,10 +111,10 @@ def test_odd_sizes(rows: int, columns: int, milli: int, tails: bool, seed: int) 
     assert torch.isfinite(values).all()
 
 
-@pytest.mark.parametrize(("states", "gap"), [(1, 0.272), (4, 0.107), (8, 0.094), (64, 0.066)])
+@pytest.mark.parametrize(("states", "gap"), [(1, 0.263), (4, 0.107), (8, 0.088), (64, 0.063)])
 @pytest.mark.parametrize("rate", [0.75, 2.0, 4.0])
 def test_gaussian_distortion(states: int, gap: float, rate: float) -> None:
-    """Distance to Shannon's limit, for the rate of the stream alone.
+    """Distance to Shannon's limit, all that is stored counted.
 
     Sequences without end have .254, .100, .076 and .047; here they are of 384, and begin in a fixed state.
     """
@@ -173,7 +173,7 @@ def test_distance_to_reverse_water_filling(spread: float) -> None:
         rate = float((0.5 * torch.log2(energy / low)).clamp(min=0).mean())
         return parse(text).bits((size, size)) / weight.numel() - rate
 
-    assert excess("ectcq3") < (0.17 if spread == 0 else 0.265)
+    assert excess("ectcq3") < (0.11 if spread == 0 else 0.185)
     assert excess("int3:g64") > 0.6
 
 

@@ -17,25 +17,24 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tersor.codecs import ectcq_tables as tables
-from tersor.codecs.ectcq_leaf import Steps, TrellisGrid
-from tersor.codecs.packing import pack, packed_width, unpack
-from tersor.codecs.step_search import WASTE, StepSearch
+from tersor.codecs import ectcq_layout as layout
+from tersor.codecs.ectcq_leaf import TrellisGrid, learn
+from tersor.codecs.ectcq_water import level
+from tersor.codecs.step_search import StepSearch
 from tersor.codecs.text import Words, reads
 from tersor.contracts import CompositeCodec, Encode, Gram, Part, Shape
 from tersor.errors import BadInput, ShapeMismatch
 from tersor.kernels import coded
-from tersor.kernels.reference_rans import LANES
 
 _FEW_ROWS, _USUAL_ROWS = 128, 1024
-_MOST_CLASSES = 8
-_WEIGHTS_OF_CLASS = 1 << 15
+_MOST_CONTEXTS = 48
 _SEARCH_ROWS = 192
 """Rows on which the step is searched first, where a layer has more than twice as many."""
 _BIT_PRICE = 0.36
 """What a bit costs in squared steps. On Gaussians, 0.3 to 0.45 lose least at all of 0.75, 2 and 4 bits."""
-_ATTEMPTS, _MORE_ATTEMPTS, _LAST_ATTEMPTS = 6, 14, 60
-"""Steps tried while 0.15 % of the bytes, while 1 %, and while all of them stay empty."""
+_WASTE, _ENOUGH = 0.0004, 0.0015
+_FEW_ATTEMPTS, _ATTEMPTS, _MORE_ATTEMPTS, _LAST_ATTEMPTS = 3, 6, 14, 60
+"""Steps tried while 0.04 % of the bytes, while 0.15 %, while 1 %, and while all of them stay empty."""
 
 
 @dataclass(frozen=True)
@@ -63,94 +62,71 @@ class EntropyCodedTrellis(CompositeCodec):
     def tile(self, rows: int) -> int:
         return max(rows, 1)
 
-    def classes(self, shape: Shape) -> int:
-        """How many classes of columns have tables of their own."""
-        rows = shape[0] if shape[0] >= _FEW_ROWS else _USUAL_ROWS
-        return max(min(rows * shape[1] // _WEIGHTS_OF_CLASS, _MOST_CLASSES), 1)
+    def contexts(self, shape: Shape) -> int:
+        """How many tables of frequencies there are at most."""
+        return max(min(shape[0] * shape[1] >> 11, _MOST_CONTEXTS), 1)
 
     def parts(self, shape: Shape) -> tuple[Part, ...]:
         rows, columns = shape
-        aside = self._aside(shape)
         whole = self.milli * rows * columns // 8000
-        least = 4 * min(columns, LANES)
+        least = layout.least(shape)
+        nbytes = whole
         if rows < _FEW_ROWS:
-            usual = sum(part.nbytes for part in self._aside((_USUAL_ROWS, columns))) + least
-            nbytes = max(whole - usual * rows // _USUAL_ROWS, 0) + least
-        else:
-            nbytes = whole - sum(part.nbytes for part in aside)
+            usual = layout.usual(shape)
+            nbytes = max(whole - usual * rows // _USUAL_ROWS, 0) + usual
         if nbytes < least:
             raise ShapeMismatch(
                 f"Codec {self} has {whole} bytes for a layer of {rows} x {columns}, and its side information alone "
-                f"takes {whole - nbytes + least}; use a higher rate."
+                f"takes {least}; use a higher rate."
             )
-        return (*aside, Part("stream", torch.uint8, (nbytes,), shared=True))
-
-    def _aside(self, shape: Shape) -> tuple[Part, ...]:
-        rows, columns = shape
-        return (
-            Part("row", torch.uint8, (packed_width(rows, 4),), shared=True),
-            Part("column", torch.uint8, (columns,), shared=True),
-            Part("model", torch.uint8, (self.classes(shape), tables.MODEL_BYTES), shared=True),
-            Part("scale", torch.float32, (1,), shared=True),
-        )
+        return (Part("stream", torch.uint8, (nbytes,), shared=True),)
 
     def encode(self, weight: Tensor, gram: Gram | None, encode: Encode) -> tuple[dict[str, Tensor], Tensor]:
         shape = (weight.shape[0], weight.shape[1])
         nbytes = self.parts(shape)[-1].nbytes
-        leaf = TrellisGrid(self.states, 2.0 - self.milli / 1000, self.classes(shape), _BIT_PRICE)
-        search = StepSearch(leaf.octaves, 8.0 * (nbytes - 2 * min(shape[1], LANES)) / max(weight.numel(), 1))
+        aim, basis = level(weight, gram, self.milli / 1000, encode)
+        leaf = TrellisGrid(self.states, 2.0 - self.milli / 1000, self.contexts(shape), _BIT_PRICE)
+        count = max(weight.numel(), 1)
+        search = StepSearch(leaf.octaves, 8.0 * nbytes / count)
         if shape[0] > 2 * _SEARCH_ROWS:
-            few = weight[:: shape[0] // _SEARCH_ROWS].contiguous()
+            few = aim[:: shape[0] // _SEARCH_ROWS].contiguous()
             for _ in range(4):
-                tensors, _ = encode(few, replace(leaf, octaves=search.at), gram)
+                tensors, _ = encode(few, replace(leaf, octaves=search.at), basis)
                 if search.learn(_bits(tensors) / few.numel()):
                     break
             search.forget()
-        best: tuple[int, dict[str, Tensor], Tensor] | None = None
+        best: tuple[int, Tensor, Tensor] | None = None
         leaf = replace(leaf, octaves=search.at)
         for attempt in range(_LAST_ATTEMPTS):
-            tensors, values = encode(weight, leaf, gram)
+            tensors, values = encode(aim, leaf, basis)
             stored, used = self._stored(tensors, nbytes)
             if used <= nbytes and (best is None or used > best[0]):
                 best = (used, stored, values)
             waste = 1.0 if best is None else 1 - best[0] / max(nbytes, 1)
-            if best and (waste <= WASTE or attempt >= (_ATTEMPTS if waste < 0.01 else _MORE_ATTEMPTS)):
+            most = _FEW_ATTEMPTS if waste < _ENOUGH else _ATTEMPTS if waste < 0.01 else _MORE_ATTEMPTS
+            if best and (waste <= _WASTE or attempt >= most):
                 break
-            search.learn(8.0 * (used - 2 * min(shape[1], LANES)) / max(weight.numel(), 1))
+            search.learn(8.0 * used / count)
             if attempt >= _MORE_ATTEMPTS:
                 search.at += 0.02 * 1.2 ** (attempt - _MORE_ATTEMPTS)
-            leaf = replace(leaf, octaves=search.at)
+            leaf = replace(leaf, octaves=search.at, learned=leaf.learned or learn(tensors))
         assert best is not None  # with ever larger steps every number becomes 0, which takes no bytes at all
-        return best[1], best[2]
+        return {"stream": best[1]}, best[2]
 
-    def _stored(self, tensors: Mapping[str, Tensor], nbytes: int) -> tuple[dict[str, Tensor], int]:
-        """The stored tensors, and the bytes that the stream takes of ``nbytes``."""
-        counts, low = _counted(tensors)
-        bytes_of = tables.frequency_codes(counts)
-        classes = (tensors["column"] >> 5).long()
-        stream, used = coded.encode(tensors["codes"], classes, tables.frequencies(bytes_of), low, nbytes)
-        shrink = torch.round(tensors["shrink"][:, 1:] * 256).to(torch.uint8)
-        model = torch.cat([bytes_of.flatten(1), shrink, low[:, None].to(torch.uint8)], 1)
-        row = pack(tensors["row"].T, 4)[0]
-        return {
-            "row": row,
-            "column": tensors["column"],
-            "scale": tensors["scale"],
-            "model": model,
-            "stream": stream,
-        }, used
+    def _stored(self, tensors: Mapping[str, Tensor], nbytes: int) -> tuple[Tensor, int]:
+        """The bytes of a layer, ``(nbytes,)`` uint8, and how many of them are taken; worthless when that is more."""
+        codes = tensors["codes"]
+        found = layout.sides(tensors)
+        before = torch.frombuffer(bytearray(layout.write(found)), dtype=torch.uint8)
+        room = max(nbytes - len(before), 0)
+        stream, used = coded.encode_in(codes, found.contexts(), room)
+        return torch.cat([before, stream])[:nbytes], len(before) + used
 
     def decode(self, tensors: Mapping[str, Tensor], shape: Shape) -> Tensor:
-        model = tensors["model"]
-        device = model.device
-        low = model[:, -1].long()
-        frequency = tables.frequencies(model[:, :64].reshape(-1, 2, 32))
-        classes = (tensors["column"] >> 5).long()
-        stream = tensors["stream"].cpu()
-        codes = coded.decode(stream, shape, classes.cpu(), frequency.cpu(), low.cpu(), self.states).to(device)
-        shrink = torch.nn.functional.pad(model[:, 64:68].to(torch.float32) / 256, (1, 0))
-        row = unpack(tensors["row"][None], 4, shape[0]).T
-        return Steps(row, tensors["column"], tensors["scale"], shrink, low).values(codes)
+        data = tensors["stream"].cpu()
+        found, at = layout.read(data, shape)
+        codes = coded.decode_in(data[at:], shape, found.contexts(), self.states)
+        return found.steps.values(codes).to(tensors["stream"].device)
 
     def decode_rows(self, tensors: Mapping[str, Tensor], shape: Shape, rows: slice | Tensor) -> Tensor:
         """The whole layer is decoded for any of its rows: a stream can only be read from its beginning."""
@@ -158,14 +134,9 @@ class EntropyCodedTrellis(CompositeCodec):
 
 
 def _bits(tensors: Mapping[str, Tensor]) -> float:
-    """Bits that the numbers take, without what the coder's lanes begin and end with."""
-    counts, low = _counted(tensors)
-    return float(tables.costs(counts, low[:, None]).sum())
-
-
-def _counted(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    classes = (tensors["column"] >> 5).long()
-    return tables.count(tensors["codes"].long(), classes, tensors["low"]), tensors["low"]
+    """Bits that the numbers take."""
+    found = layout.sides(tensors)
+    return float(found.costs.sum())
 
 
 _FORM = "ectcq{0.5-8}[:t{1|4|8|16|32|64|128|256}]"

@@ -5,6 +5,8 @@ Tensors in and out, one thread; see :mod:`tersor.kernels.reference_rans` and :mo
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,6 +22,38 @@ compiled: bool = _coded is not None
 TRELLISES = reference_ectcq.CODES
 
 
+@dataclass(frozen=True)
+class Contexts:
+    """What each number of a layer is coded with; see :mod:`tersor.kernels.reference_rans`.
+
+    ``level (columns,)`` int, and ``row (rows,)`` int or None for zeros: their sum, shifted by ``shift``, is the
+    context. ``frequency (n, 2, 32)``, ``low (n,)`` int, of each context. ``lanes``: None for as many as there can be.
+    """
+
+    level: Tensor
+    frequency: Tensor
+    low: Tensor
+    row: Tensor | None = None
+    shift: int = 0
+    lanes: int | None = None
+
+    def used_lanes(self) -> int:
+        """Streams that are interleaved."""
+        return min(len(self.level), reference_rans.LANES) if self.lanes is None else self.lanes
+
+    def plain(self, rows: int) -> reference_rans.Contexts:
+        """The same in NumPy."""
+        row = torch.zeros(rows) if self.row is None else self.row
+        plain = (t.long().numpy() for t in (row, self.level, self.frequency, self.low))
+        row_level, level, frequency, low = plain
+        return reference_rans.Contexts(row_level, level, self.shift, frequency, low)
+
+    def compiled(self, rows: int) -> tuple[Tensor, Tensor, int, Tensor, Tensor, int]:
+        """The same as the compiled loops take it."""
+        row = torch.zeros(rows) if self.row is None else self.row
+        return _int(row), _int(self.level), self.shift, _int(self.frequency), _int(self.low), self.used_lanes()
+
+
 def path(
     target: Tensor,
     price_of_row: Tensor,
@@ -29,38 +63,42 @@ def path(
     shrink: Tensor,
     low: Tensor,
     states: int,
+    row: Tensor | None = None,
+    shift: int = 0,
 ) -> Tensor:
-    """See :func:`tersor.kernels.reference_ectcq.path`: ``target (columns, rows)`` to grid numbers int32."""
+    """See :func:`tersor.kernels.reference_ectcq.path`: ``target (columns, rows)`` to grid numbers int32.
+
+    ``classes (columns,)``: levels of columns. Without levels of rows, ``row (rows,)``, they are contexts.
+    """
     trellis = TRELLISES[states]
-    target, price_of_row, price_of_column = _float(target), _float(price_of_row), _float(price_of_column)
-    price, shrink = _float(price), _float(shrink)
+    prices = _float(price_of_row), _float(price_of_column)
+    target, price, shrink = map(_float, (target, price, shrink))
+    row = torch.zeros(target.shape[1]) if row is None else row
     if _coded is None:
-        found = reference_ectcq.path(
-            target.numpy(),
-            price_of_row.numpy(),
-            price_of_column.numpy(),
-            classes.long().numpy(),
-            price.numpy(),
-            shrink.numpy(),
-            low.long().numpy(),
-            trellis,
-        )
+        rows, levels, raw = (t.long().numpy() for t in (row, classes, low))
+        of_row, of_column, bits, inward = (t.numpy() for t in (*prices, price, shrink))
+        found = reference_ectcq.path(target.numpy(), of_row, of_column, rows, levels, shift, bits, inward, raw, trellis)
         return torch.from_numpy(found)
     codes = torch.empty(target.shape, dtype=torch.int32)
-    _coded.path(target, price_of_row, price_of_column, _int(classes), price, shrink, _int(low), *trellis, codes)
+    _coded.path(target, *prices, _int(row), _int(classes), shift, price, shrink, _int(low), *trellis, codes)
     return codes
 
 
 def encode(codes: Tensor, classes: Tensor, frequency: Tensor, low: Tensor, nbytes: int) -> tuple[Tensor, int]:
+    """:func:`encode_in` where the class of a column, ``classes (columns,)``, is the context of all its numbers."""
+    return encode_in(codes, Contexts(classes, frequency, low), nbytes)
+
+
+def encode_in(codes: Tensor, contexts: Contexts, nbytes: int) -> tuple[Tensor, int]:
     """The stream of ``codes (rows, columns)`` in ``nbytes`` bytes uint8, and how many it takes.
 
     Where it takes more than ``nbytes``, the bytes are worthless. See :mod:`tersor.kernels.reference_rans`.
     """
     stream = torch.zeros(nbytes, dtype=torch.uint8)
     if _coded is not None:
-        return stream, int(_coded.encode(_int(codes), _int(classes), _int(frequency), _int(low), stream))
-    arrays = [t.long().numpy() for t in (codes, classes, frequency, low)]
-    written = np.frombuffer(reference_rans.encode(*arrays), np.uint8)
+        return stream, int(_coded.encode(_int(codes), *contexts.compiled(len(codes)), stream))
+    plain = contexts.plain(len(codes))
+    written = np.frombuffer(reference_rans.encode(codes.long().numpy(), plain, contexts.used_lanes()), np.uint8)
     if len(written) <= nbytes:
         stream[: len(written)] = torch.from_numpy(written.copy())
     return stream, len(written)
@@ -69,13 +107,18 @@ def encode(codes: Tensor, classes: Tensor, frequency: Tensor, low: Tensor, nbyte
 def decode(
     stream: Tensor, shape: tuple[int, int], classes: Tensor, frequency: Tensor, low: Tensor, states: int
 ) -> Tensor:
+    """The inverse of :func:`encode`."""
+    return decode_in(stream, shape, Contexts(classes, frequency, low), states)
+
+
+def decode_in(stream: Tensor, shape: tuple[int, int], contexts: Contexts, states: int) -> Tensor:
     """Grid numbers int32 of ``shape``. Raises ValueError when the stream ends early or a table is not one."""
     trellis = TRELLISES[states]
     if _coded is None:
-        kind, tables, raw = classes.long().numpy(), frequency.long().numpy(), low.long().numpy()
-        return torch.from_numpy(reference_rans.decode(stream.numpy(), shape, kind, tables, raw, trellis))
+        plain, lanes = contexts.plain(shape[0]), contexts.used_lanes()
+        return torch.from_numpy(reference_rans.decode(stream.numpy(), shape, plain, lanes, trellis))
     codes = torch.empty(shape, dtype=torch.int32)
-    _coded.decode(stream.contiguous(), _int(classes), _int(frequency), _int(low), *trellis, codes)
+    _coded.decode(stream.contiguous(), *contexts.compiled(shape[0]), *trellis, codes)
     return codes
 
 

@@ -63,15 +63,18 @@ struct Trellis {
 }  // namespace
 
 TERSOR_CLONES
-static void column(const float* x, size_t rows, const float* lambda, float weight, const Model& model,
-                   const Trellis& trellis, float* cost, float* next, uint8_t* choice, int32_t* best, int32_t* out) {
+static void column(const float* x, size_t rows, const float* lambda, float weight, const int32_t* level, int own, int shift,
+                   const std::vector<Model>& models, const Trellis& trellis, float* cost, float* next, uint8_t* choice,
+                   int32_t* best, int32_t* out) {
     const int states = trellis.states, half = states > 1 ? states / 2 : 1;
     const int* before0 = trellis.before0.data();
     const int* before1 = trellis.before1.data();
+    const int last = static_cast<int>(models.size()) - 1;
     for (int s = 0; s < states; ++s) cost[s] = s == 0 ? 0.0f : 1e30f;
     for (size_t t = 0; t < rows; ++t) {
         float d[4];
         const float price = lambda[t] * weight;
+        const Model& model = models[std::clamp((level[t] + own) >> shift, 0, last)];
         for (int z = 0; z < 4; ++z) {
             const int low = static_cast<int>(std::floor((x[t] - static_cast<float>(z)) * 0.25f)) * 4 + z;
             const float a = branch(model, x[t], low, price), b = branch(model, x[t], low + 4, price);
@@ -104,32 +107,33 @@ static void column(const float* x, size_t rows, const float* lambda, float weigh
     }
 }
 
-static void path(MatF target, VecF lambda, VecF weight, VecI classes, CubeF price, MatF shrink, VecI low, int states,
-                 int h0, int h1, OutI codes) {
+static void path(MatF target, VecF lambda, VecF weight, VecI row, VecI level, int shift, CubeF price, MatF shrink, VecI low,
+                 int states, int h0, int h1, OutI codes) {
     const size_t columns = target.shape(0), rows = target.shape(1), count = price.shape(0);
-    const bool ok = lambda.shape(0) == rows && weight.shape(0) == columns && classes.shape(0) == columns &&
+    const bool ok = lambda.shape(0) == rows && weight.shape(0) == columns && row.shape(0) == rows && level.shape(0) == columns && count > 0 &&
                     price.shape(1) == 2 && price.shape(2) == SYMBOLS && shrink.shape(0) == count &&
                     shrink.shape(1) == SHRINKS && low.shape(0) == count && codes.shape(0) == columns &&
-                    codes.shape(1) == rows && states >= 1 && states <= 4096 && (states & (states - 1)) == 0;
+                    codes.shape(1) == rows && states >= 1 && states <= 4096 && (states & (states - 1)) == 0 &&
+                    shift >= 0 && shift < 16;
     if (!ok) throw std::invalid_argument("arguments of a trellis path must have matching shapes");
-    for (size_t j = 0; j < columns; ++j)
-        if (classes.data()[j] < 0 || static_cast<size_t>(classes.data()[j]) >= count)
-            throw std::invalid_argument("class number out of range");
+    const auto bad = [](int32_t v) { return v < -65536 || v > 65535; };
+    if (std::any_of(row.data(), row.data() + rows, bad) || std::any_of(level.data(), level.data() + columns, bad))
+        throw std::invalid_argument("a level out of range");
     nb::gil_scoped_release release;
     const Trellis trellis(states, h0, h1);
+    std::vector<Model> models;
+    for (size_t c = 0; c < count; ++c)
+        models.push_back({price.data() + c * 2 * SYMBOLS, shrink.data() + c * SHRINKS, low.data()[c]});
     std::vector<float> cost(states), next(states);
     std::vector<uint8_t> choice(rows * states);
     std::vector<int32_t> best(rows * 4);
-    for (size_t j = 0; j < columns; ++j) {
-        const int c = classes.data()[j];
-        const Model model{price.data() + c * 2 * SYMBOLS, shrink.data() + c * SHRINKS, low.data()[c]};
-        column(target.data() + j * rows, rows, lambda.data(), weight.data()[j], model, trellis, cost.data(),
-               next.data(), choice.data(), best.data(), codes.data() + j * rows);
-    }
+    for (size_t j = 0; j < columns; ++j)
+        column(target.data() + j * rows, rows, lambda.data(), weight.data()[j], row.data(), level.data()[j], shift, models, trellis,
+               cost.data(), next.data(), choice.data(), best.data(), codes.data() + j * rows);
 }
 
 void bind_ectcq(nb::module_& module) {
-    module.def("path", &path, nb::arg("target"), nb::arg("price_of_row"), nb::arg("price_of_column"),
-               nb::arg("classes"), nb::arg("price"), nb::arg("shrink"), nb::arg("low"), nb::arg("states"),
+    module.def("path", &path, nb::arg("target"), nb::arg("price_of_row"), nb::arg("price_of_column"), nb::arg("row"), nb::arg("level"),
+               nb::arg("shift"), nb::arg("price"), nb::arg("shrink"), nb::arg("low"), nb::arg("states"),
                nb::arg("h0"), nb::arg("h1"), nb::arg("codes"));
 }

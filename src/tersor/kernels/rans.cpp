@@ -57,11 +57,20 @@ static std::vector<Table> tables(const CubeI& frequency, const VecI& low) {
     return result;
 }
 
-static void check_classes(const VecI& classes, size_t columns, size_t count) {
-    require(classes.shape(0) == columns, "classes must have one entry a column");
-    for (size_t j = 0; j < columns; ++j)
-        require(classes.data()[j] >= 0 && static_cast<size_t>(classes.data()[j]) < count, "class number out of range");
-}
+// Which table each number is coded with: a row's level and a column's together say it.
+struct Contexts {
+    const int32_t *row, *level;
+    int shift, last;
+    Contexts(const VecI& row, const VecI& level, int shift, size_t rows, size_t columns, size_t count)
+        : row(row.data()), level(level.data()), shift(shift), last(static_cast<int>(count) - 1) {
+        require(row.shape(0) == rows && level.shape(0) == columns && count > 0 && shift >= 0 && shift < 16,
+                "levels must have one entry a row, and one a column");
+        const auto bad = [](int32_t v) { return v < -65536 || v > 65535; };
+        require(!std::any_of(this->row, this->row + rows, bad) && !std::any_of(this->level, this->level + columns, bad),
+                "a level out of range");
+    }
+    int at(size_t r, size_t c) const { return std::clamp((row[r] + level[c]) >> shift, 0, last); }
+};
 
 struct Writer {
     std::vector<uint16_t> words;  // last word of the stream first
@@ -81,32 +90,32 @@ struct Writer {
 }  // namespace
 
 // Returns the bytes that the stream takes; writes it only when it fits.
-static size_t encode(MatI codes, VecI classes, CubeI frequency, VecI low, OutB stream) {
+static size_t encode(MatI codes, VecI row, VecI level, int shift, CubeI frequency, VecI low, size_t lanes,
+                     OutB stream) {
     const size_t rows = codes.shape(0), columns = codes.shape(1);
     const std::vector<Table> table = tables(frequency, low);
-    check_classes(classes, columns, table.size());
+    const Contexts contexts(row, level, shift, rows, columns, table.size());
+    require(lanes >= (columns ? 1 : 0) && lanes <= LANES, "there are 1 to 32 lanes");
     nb::gil_scoped_release release;
-    const size_t lanes = std::min(columns, LANES);
     std::vector<uint32_t> state(lanes, static_cast<uint32_t>(LEAST));
     Writer out;
-    const size_t groups = (columns + LANES - 1) / LANES;
+    const size_t groups = columns ? (columns + lanes - 1) / lanes : 0;
     for (size_t r = rows; r-- > 0;)
         for (size_t g = groups; g-- > 0;) {
-            const size_t first = g * LANES, count = std::min(LANES, columns - first);
+            const size_t first = g * lanes, count = std::min(lanes, columns - first);
             const int32_t* k = codes.data() + r * columns + first;
-            const int32_t* kind = classes.data() + first;
             for (int stage = 3; stage >= 0; --stage)
                 for (size_t l = count; l-- > 0;) {
-                    const Table& t = table[kind[l]];
+                    const Table& t = table[contexts.at(r, first + l)];
                     const int32_t index = k[l] >> 1, top = index >> t.low;
-                    const bool escape = top < -REACH || top > REACH;
+                    const int u = k[l] & 1;
+                    const bool escape = top < -REACH || top > REACH || t.frequency[u][top + REACH] == 0;
                     const int symbol = escape ? SYMBOLS - 1 : top + REACH;
                     if (stage == 3 && escape) out.raw(state[l], static_cast<uint32_t>(index) & 255u, 8);
                     if (stage == 2 && escape) out.raw(state[l], (static_cast<uint32_t>(index) >> 8) & 255u, 8);
                     if (stage == 1 && !escape && t.low)
                         out.raw(state[l], static_cast<uint32_t>(index) & ((1u << t.low) - 1), t.low);
                     if (stage == 0) {
-                        const int u = k[l] & 1;
                         require(t.frequency[u][symbol] > 0 && index >= -32768 && index < 32768,
                                 "a grid number has no code");
                         out.put(state[l], t.frequency[u][symbol], t.before[u][symbol]);
@@ -151,12 +160,14 @@ struct Reader {
 
 }  // namespace
 
-static void decode(VecB stream, VecI classes, CubeI frequency, VecI low, int states, int h0, int h1, OutI codes) {
+static void decode(VecB stream, VecI row, VecI level, int shift, CubeI frequency, VecI low, size_t lanes, int states,
+                   int h0, int h1, OutI codes) {
     const size_t rows = codes.shape(0), columns = codes.shape(1);
     const std::vector<Table> table = tables(frequency, low);
-    check_classes(classes, columns, table.size());
+    const Contexts contexts(row, level, shift, rows, columns, table.size());
+    require(lanes >= (columns ? 1 : 0) && lanes <= LANES, "there are 1 to 32 lanes");
     require(states >= 1 && (states & (states - 1)) == 0, "states must be a power of two");
-    const size_t lanes = std::min(columns, LANES), groups = (columns + LANES - 1) / LANES;
+    const size_t groups = columns ? (columns + lanes - 1) / lanes : 0;
     require(stream.shape(0) >= 4 * lanes, "the stream is shorter than its lanes' states");
     bool ended = false;
     {
@@ -170,10 +181,10 @@ static void decode(VecB stream, VecI classes, CubeI frequency, VecI low, int sta
         bool escape[LANES];
         for (size_t r = 0; r < rows && !in.ended; ++r)
             for (size_t g = 0; g < groups; ++g) {
-                const size_t first = g * LANES, count = std::min(LANES, columns - first);
+                const size_t first = g * lanes, count = std::min(lanes, columns - first);
                 bool escapes = false;
                 for (size_t l = 0; l < count; ++l) {
-                    const Table& t = table[classes.data()[first + l]];
+                    const Table& t = table[contexts.at(r, first + l)];
                     const uint32_t u = path[first + l] & 1u, slot = x[l] & (TOTAL - 1);
                     const int s = t.symbol[u][slot];
                     x[l] = t.frequency[u][s] * (x[l] >> TOTAL_BITS) + slot - t.before[u][s];
@@ -183,7 +194,7 @@ static void decode(VecB stream, VecI classes, CubeI frequency, VecI low, int sta
                     index[l] = s - REACH;
                 }
                 for (size_t l = 0; l < count; ++l) {
-                    const int bits = table[classes.data()[first + l]].low;
+                    const int bits = table[contexts.at(r, first + l)].low;
                     if (bits && !escape[l]) index[l] = index[l] * (1 << bits) + static_cast<int32_t>(in.raw(x[l], bits));
                 }
                 if (escapes) {
@@ -211,8 +222,9 @@ void bind_ectcq(nb::module_& module);
 NB_MODULE(_coded, module) {
     module.doc() = "Entropy coding and trellis search; see tersor.kernels.reference_rans and reference_ectcq.";
     bind_ectcq(module);
-    module.def("encode", &encode, nb::arg("codes"), nb::arg("classes"), nb::arg("frequency"), nb::arg("low"),
-               nb::arg("stream"));
-    module.def("decode", &decode, nb::arg("stream"), nb::arg("classes"), nb::arg("frequency"), nb::arg("low"),
-               nb::arg("states"), nb::arg("h0"), nb::arg("h1"), nb::arg("codes"));
+    module.def("encode", &encode, nb::arg("codes"), nb::arg("row"), nb::arg("level"), nb::arg("shift"),
+               nb::arg("frequency"), nb::arg("low"), nb::arg("lanes"), nb::arg("stream"));
+    module.def("decode", &decode, nb::arg("stream"), nb::arg("row"), nb::arg("level"), nb::arg("shift"),
+               nb::arg("frequency"), nb::arg("low"), nb::arg("lanes"), nb::arg("states"), nb::arg("h0"), nb::arg("h1"),
+               nb::arg("codes"));
 }

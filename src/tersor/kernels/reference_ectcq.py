@@ -36,7 +36,9 @@ def path(
     target: Floats,
     price_of_row: Floats,
     price_of_column: Floats,
-    classes: Ints,
+    row: Ints,
+    level: Ints,
+    shift: int,
     price: Floats,
     shrink: Floats,
     low: Ints,
@@ -45,8 +47,9 @@ def path(
     """Grid numbers ``(columns, rows)`` of least cost for ``target (columns, rows)`` in units of the step.
 
     The cost of ``k`` for ``x`` is ``(x - v)² + price_of_row[row] price_of_column[column] bits``: ``v`` is ``k`` moved
-    towards zero by ``shrink[class, min(|k|, 4)]``, bits are ``price[class, k & 1, symbol]``. Of each subset, only the
-    two numbers around ``x`` are looked at. Ties go to the lower number, and to second bit 0.
+    towards zero by ``shrink[context, min(|k|, 4)]``, bits are ``price[context, k & 1, symbol]``. ``row (rows,)`` and
+    ``level (columns,)`` say the context: ``(row + level) >> shift``, the first or last beyond these. Of each subset,
+    only the two numbers around ``x`` are looked at. Ties go to the lower number, and to second bit 0.
     """
     columns, rows = target.shape
     states, h0, h1 = trellis
@@ -55,15 +58,15 @@ def path(
     union = number >> top_bit if states > 1 else number
     first = number ^ union * (h0 >> 1)
     before = np.stack([first, first ^ h1 >> 1]) << 1 | union if states > 1 else np.zeros((2, 1), np.int64)
-    kind = classes[:, None]
     cost = np.full((columns, states), 1e30, np.float32)
     cost[:, 0] = 0
     best = np.empty((rows, columns, 4), np.int32)
     choice = np.empty((rows, columns, states), np.uint8)
     subset = np.arange(4)
-    for row in range(rows):
-        x = target[:, row, None]
-        weight = (price_of_row[row] * price_of_column)[:, None]
+    for step in range(rows):
+        x = target[:, step, None]
+        weight = (price_of_row[step] * price_of_column)[:, None]
+        kind = np.clip((row[step] + level[:, None]) >> shift, 0, len(price) - 1)
         under = np.floor((x - subset.astype(np.float32)) * np.float32(0.25)).astype(np.int64) * 4 + subset
         costs = []
         for k in (under, under + 4):
@@ -72,18 +75,18 @@ def path(
             value = k.astype(np.float32) - np.sign(k).astype(np.float32) * shrink[kind, np.minimum(abs(k), 4)]
             costs.append((x - value) * (x - value) + weight * price[kind, k & 1, symbol])
         over = costs[1] < costs[0]
-        best[row] = np.where(over, under + 4, under)
+        best[step] = np.where(over, under + 4, under)
         branch = np.where(over, costs[1], costs[0])
         ways = [cost[:, before[bit]] + branch[:, union + 2 * bit] for bit in (0, 1)]
-        choice[row] = ways[1] < ways[0]
-        cost = np.where(choice[row], ways[1], ways[0])
-        if row % RENORM == RENORM - 1:
+        choice[step] = ways[1] < ways[0]
+        cost = np.where(choice[step], ways[1], ways[0])
+        if step % RENORM == RENORM - 1:
             cost = cost - cost.min(1, keepdims=True)
     state = cost.argmin(1)
     each = np.arange(columns)
     codes = np.empty((columns, rows), np.int32)
-    for row in range(rows - 1, -1, -1):
-        bit = choice[row, each, state]
-        codes[:, row] = best[row, each, union[state] + 2 * bit]
+    for step in range(rows - 1, -1, -1):
+        bit = choice[step, each, state]
+        codes[:, step] = best[step, each, union[state] + 2 * bit]
         state = before[bit, state]
     return codes

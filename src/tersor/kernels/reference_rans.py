@@ -1,19 +1,22 @@
 """The entropy coder's stream, plainly: its specification, and what runs where nothing was compiled.
 
 A stream holds grid numbers ``k (rows, columns)``. ``k`` is written as ``index = k >> 1``; its lowest bit, the *union*,
-follows from the trellis state of its column. Each column has a class, and each class two tables of 32 frequencies that
-add up to 4096 (one for each union), and ``low`` raw bits. Symbol ``s = (index >> low) + 15`` for ``0 <= s <= 30``, then
-``low`` raw bits; symbol 31 for all else, then the high and the low byte of ``index`` as 16 bits, two's complement.
+follows from the trellis state of its column. The level of its row and that of its column say its context:
+``(row + level) >> shift``, the first or last beyond these. Each context has two tables of 32 frequencies that add up to
+4096 (one for each union), and ``low`` raw bits. Symbol ``s = (index >> low) + 15`` for ``0 <= s <= 30`` where that has
+a frequency, then ``low`` raw bits; symbol 31 for all else, then the high and the low byte of ``index`` as 16 bits,
+two's complement.
 
-Columns ``32 g`` to ``32 g + 31`` of a row are one group, column ``32 g + i`` is coded in lane ``i``. Rows follow one
-another, groups within a row; within a group come the symbols of all lanes, then their raw bits, then the high bytes,
-then the low bytes. A lane is a range coder (rANS, arXiv:1311.2540) with a state of 32 bits, probabilities of 12 and
-refills of 16. The stream: the first state of each lane, uint32; then uint16 words in the order they are read; all
-little-endian; then anything.
+With ``n`` lanes, columns ``n g`` to ``n g + n - 1`` of a row are one group, column ``n g + i`` is coded in lane ``i``.
+Rows follow one another, groups within a row; within a group come the symbols of all lanes, then their raw bits, then
+the high bytes, then the low bytes. A lane is a range coder (rANS, arXiv:1311.2540) with a state of 32 bits,
+probabilities of 12 and refills of 16. The stream: the first state of each lane, uint32; then uint16 words in the order
+they are read; all little-endian; then anything.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,14 +27,35 @@ TOTAL = 1 << TOTAL_BITS
 Ints = NDArray[np.int64]
 
 
-def stages(codes: Ints, low: Ints) -> tuple[Ints, Ints]:
+@dataclass(frozen=True)
+class Contexts:
+    """``row (rows,)``, ``level (columns,)``, and what to shift their sum by; of each context frequencies and raw bits.
+
+    ``frequency (n, 2, 32)``, ``low (n,)``.
+    """
+
+    row: Ints
+    level: Ints
+    shift: int
+    frequency: Ints
+    low: Ints
+
+    def at(self, row: int, columns: slice) -> Ints:
+        """The context of some columns of a row."""
+        found: Ints = np.clip((self.row[row] + self.level[columns]) >> self.shift, 0, len(self.low) - 1)
+        return found
+
+
+def stages(codes: Ints, kinds: Ints, contexts: Contexts) -> tuple[Ints, Ints]:
     """Frequencies are looked up with the symbol ``(n,)``; the rest ``(n, 4)`` are values of 0 or ``bits`` raw bits.
 
-    ``codes (n,)`` grid numbers, ``low (n,)``. Returns values and numbers of bits, ``(n, 4)``; column 0 is the symbol.
+    ``codes (n,)`` grid numbers of ``kinds (n,)``. Returns values and numbers of bits, ``(n, 4)``; column 0 is the
+    symbol.
     """
-    index = codes >> 1
+    low, index = contexts.low[kinds], codes >> 1
     top = index >> low
-    escape = abs(top) > REACH
+    coded = contexts.frequency[kinds, codes & 1, np.clip(top, -REACH, REACH) + REACH] > 0
+    escape = (abs(top) > REACH) | ~coded
     values = np.stack(
         [
             np.where(escape, ESCAPE, top + REACH),
@@ -45,14 +69,12 @@ def stages(codes: Ints, low: Ints) -> tuple[Ints, Ints]:
     return values, bits
 
 
-def encode(codes: Ints, classes: Ints, frequency: Ints, low: Ints) -> bytes:
-    """The stream of ``codes (rows, columns)``: ``classes (columns,)``, ``frequency (n, 2, 32)``, ``low (n,)``.
-
-    Raises ValueError for a symbol whose frequency is 0.
-    """
+def encode(codes: Ints, contexts: Contexts, lanes: int) -> bytes:
+    """The stream of ``codes (rows, columns)``. Raises ValueError for a symbol whose frequency is 0."""
     rows, columns = codes.shape
+    frequency = contexts.frequency
     before = np.cumsum(frequency, 2) - frequency
-    state = [1 << 16] * min(columns, LANES)
+    state = [1 << 16] * lanes
     words: list[int] = []
 
     def put(lane: int, f: int, c: int) -> None:
@@ -63,10 +85,10 @@ def encode(codes: Ints, classes: Ints, frequency: Ints, low: Ints) -> bytes:
         state[lane] = (x // f << TOTAL_BITS) + x % f + c
 
     for row in range(rows - 1, -1, -1):
-        for first in range((columns - 1) // LANES * LANES, -1, -LANES):
-            here = slice(first, min(first + LANES, columns))
-            kinds, unions = classes[here], codes[row, here] & 1
-            values, bits = stages(codes[row, here], low[kinds])
+        for first in reversed(range(0, columns, max(lanes, 1))):
+            here = slice(first, min(first + lanes, columns))
+            kinds, unions = contexts.at(row, here), codes[row, here] & 1
+            values, bits = stages(codes[row, here], kinds, contexts)
             for stage in (3, 2, 1):
                 for lane in range(len(kinds) - 1, -1, -1):
                     count = int(bits[lane, stage])
@@ -81,12 +103,7 @@ def encode(codes: Ints, classes: Ints, frequency: Ints, low: Ints) -> bytes:
 
 
 def decode(
-    stream: NDArray[np.uint8],
-    shape: tuple[int, int],
-    classes: Ints,
-    frequency: Ints,
-    low: Ints,
-    trellis: tuple[int, int, int],
+    stream: NDArray[np.uint8], shape: tuple[int, int], contexts: Contexts, lanes: int, trellis: tuple[int, int, int]
 ) -> NDArray[np.int32]:
     """The inverse of :func:`encode`: grid numbers of ``shape``; ``trellis``: states and both polynomials.
 
@@ -94,7 +111,7 @@ def decode(
     """
     rows, columns = shape
     states, h0, h1 = trellis
-    lanes = min(columns, LANES)
+    frequency, low = contexts.frequency, contexts.low
     before = np.cumsum(frequency, 2) - frequency
     symbol_of = np.array([[np.repeat(np.arange(SYMBOLS), row) for row in pair] for pair in frequency])
     words = np.frombuffer(stream.tobytes()[4 * lanes : len(stream) // 2 * 2], "<u2").astype(np.int64)
@@ -119,9 +136,9 @@ def decode(
         return value
 
     for row in range(rows):
-        for first in range(0, columns, LANES):
-            here = slice(first, min(first + LANES, columns))
-            kinds, unions = classes[here], path[here] & 1
+        for first in range(0, columns, max(lanes, 1)):
+            here = slice(first, min(first + lanes, columns))
+            kinds, unions = contexts.at(row, here), path[here] & 1
             everyone = np.arange(len(kinds))
             symbols = symbol_of[kinds, unions, x[everyone] & (TOTAL - 1)]
             step(everyone, frequency[kinds, unions, symbols], before[kinds, unions, symbols])

@@ -125,7 +125,8 @@ class ErrorFeedback(Solver):
             energy = matrix.diagonal().reshape(-1, span).sum(1)
             spans = torch.argsort(energy, descending=True, stable=True)
             order = (spans[:, None] * span + torch.arange(span)).flatten()
-        return factor(matrix, damping=self.damping, order=order, natural=natural, span=span)
+        damping = 0.0 if gram.damped else self.damping
+        return factor(matrix, damping=damping, order=order, natural=natural, span=span)
 
     def solve(self, weight: Tensor, codec: LeafCodec, prepared: FeedbackFactor) -> Encoded:
         columns = weight.shape[1]
