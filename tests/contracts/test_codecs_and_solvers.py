@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tersor.codecs import Dense, Integer, LookupTable, SmallFloat, parse
+from tersor.codecs.gguf_grids import GRIDS
 from tersor.codecs.gguf_layout import KINDS
 from tersor.contracts import DirectCodec, Encoded, Gram, LeafCodec, Solver
 from tersor.errors import BadInput, NotPositiveDefinite, ShapeMismatch
@@ -53,6 +54,7 @@ LEAVES = [
     "vq8x6",
     "vq5x4:r2",
     *KINDS,
+    *GRIDS,
 ]
 SOLVERS: list[Solver] = [
     Nearest(),

@@ -9,6 +9,7 @@ from tersor.codecs.columns import ColumnSplit
 from tersor.codecs.dense import Dense
 from tersor.codecs.ectcq import EntropyCodedTrellis
 from tersor.codecs.gguf_scalar import GgufScalar
+from tersor.codecs.gguf_vector import GgufVector
 from tersor.codecs.integer import Integer
 from tersor.codecs.lattice import E8P
 from tersor.codecs.lookup import LookupTable
@@ -32,13 +33,14 @@ __all__ = [
     "BitStack",
     "Block",
     "Codebook",
-    "CodedLowRank",
     "Coded",
+    "CodedLowRank",
     "ColumnScaled",
     "ColumnSplit",
     "Dense",
     "EntropyCodedTrellis",
     "GgufScalar",
+    "GgufVector",
     "Integer",
     "LookupTable",
     "LowRank",

@@ -42,7 +42,8 @@ class Field:
 class Kind:
     """One type. ``steps``, ``lows``: least and greatest, None where there are none; numbers are kept from 0 up.
 
-    ``offset``: whether values have a subtrahend. ``fields``: in the order of their bytes.
+    ``offset``: whether values have a subtrahend. ``fields``: in the order of their bytes. A step counts as
+    ``(number + shift) · factor``.
     """
 
     name: str
@@ -55,6 +56,19 @@ class Kind:
     lows: tuple[int, int] | None = None
     offset: bool = False
     table: tuple[int, ...] | None = None
+    shift: float = 0.0
+    factor: float = 1.0
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The least and the greatest step."""
+        assert self.steps is not None
+        return (self.steps[0] + self.shift) * self.factor, (self.steps[1] + self.shift) * self.factor
+
+    def nearest_step(self, wanted: Tensor) -> Tensor:
+        """The nearest steps that there are."""
+        assert self.steps is not None
+        return ((wanted / self.factor - self.shift).round_().clamp_(*self.steps) + self.shift) * self.factor
 
     @property
     def nbytes(self) -> int:

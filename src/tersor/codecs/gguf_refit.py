@@ -46,7 +46,6 @@ class Refit:
     def _group(self, block: int, group: int, first: int, near: Tensor, change: Tensor, gram: Tensor) -> None:
         """The step, and the low, of one group."""
         kind, side = self.kind, self.side
-        assert kind.steps is not None
         low = first + group * kind.group
         here = slice(low, low + kind.group)
         at = block * kind.groups + group
@@ -56,7 +55,7 @@ class Refit:
         dmin, lower = (side["dmin"][:, block], side["low"][:, at]) if kind.lows else (None, None)
         pair = _Pair(unit, None if dmin is None else torch.ones_like(unit), near[:, here], gram[here])
         by, shift = pair.solve(here)
-        step = ((d * old + by) / d).round().clamp(*kind.steps)
+        step = kind.nearest_step((d * old + by) / d)
         step = torch.where((step * old > 0) & torch.isfinite(step), step, old)
         moved = d * step - d * old
         down = torch.zeros_like(moved)

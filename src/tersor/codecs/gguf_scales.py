@@ -7,6 +7,7 @@ small integers and ``d`` are moved in turn, codes rounded anew each time, as lon
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -60,14 +61,24 @@ class Fitted:
         return Fitted(*(torch.where(better[:, None], one, two) for one, two in pairs))
 
 
-def fit(kind: Kind, weight: Tensor, importance: Tensor) -> Fitted:
-    """Scales of blocks ``weight (n, groups, group)``; ``importance``: the same or ``(1, groups, group)``, above 0."""
+def fit(
+    kind: Kind,
+    weight: Tensor,
+    importance: Tensor,
+    nearest: Callable[[Tensor, Tensor], Tensor],
+    ratios: Sequence[float] = (),
+) -> Fitted:
+    """Scales of blocks ``weight (n, groups, group)``; ``importance``: the same or ``(1, 1, 1)``, above 0.
+
+    ``nearest``: grid points for weights in units of the scale, and importance. ``ratios``: scales to begin with,
+    relative to a group's root mean square; else its range says.
+    """
     step = max(_CHUNK // kind.block, 1)
     pieces = []
     for start in range(0, max(len(weight), 1), step):
         here = slice(start, start + step)
         share = importance if len(importance) == 1 else importance[here]
-        pieces.append(_Search(kind, weight[here], share).run())
+        pieces.append(_Search(kind, weight[here], share, nearest, ratios).run())
     names = ("d", "dmin", "step", "low")
     return Fitted(*(torch.cat([getattr(piece, name) for piece in pieces]) for name in names))
 
@@ -75,11 +86,17 @@ def fit(kind: Kind, weight: Tensor, importance: Tensor) -> Fitted:
 class _Search:
     """The search for a few blocks ``weight (n, groups, group)``."""
 
-    def __init__(self, kind: Kind, weight: Tensor, importance: Tensor) -> None:
-        self.kind, self.x, self.h = kind, weight, importance
-        self.table = _halves(kind.table) if kind.table else None
+    def __init__(
+        self,
+        kind: Kind,
+        weight: Tensor,
+        importance: Tensor,
+        nearest: Callable[[Tensor, Tensor], Tensor],
+        ratios: Sequence[float],
+    ) -> None:
+        self.kind, self.x, self.h, self.nearest, self.ratios = kind, weight, importance, nearest, ratios
         self.hx = importance * weight
-        self.mass = importance.sum(2).expand(weight.shape[:2])
+        self.mass = importance.expand_as(weight).sum(2)
         self.pull = self.hx.sum(2)
         self.energy = (self.hx * weight).sum(2)
 
@@ -90,18 +107,16 @@ class _Search:
             return Fitted(to_scale(scale), to_half(offset), ones, ones if self.kind.offset else ones * 0)
         found = self.stored(scale, offset)
         loss = self.loss(found).sum(1)
-        for _ in range(_ROUNDS):
+        for _ in range(1 if self.ratios else _ROUNDS):
             tried = self.supers(self.integers(found))
             now = self.loss(tried).sum(1)
             found, loss = tried.where(now < loss, found), torch.minimum(now, loss)
-        return self.integers(found)
+        return found if self.ratios else self.integers(found)
 
     def unit(self, scale: Tensor, offset: Tensor) -> Tensor:
         """The nearest grid points, before scaling, under ``scale`` and ``offset (n, groups)``."""
-        ratio = (self.x + offset[:, :, None] if self.kind.offset else self.x) / scale[:, :, None]
-        if self.table is not None:
-            return self.table[ratio.mul_(2).floor_().clamp_(-256, 255).to(torch.int64).add_(256)]
-        return ratio.round_().clamp_(-self.kind.zero, self.kind.levels - 1 - self.kind.zero)
+        moved = self.x + offset[:, :, None] if self.kind.offset else self.x
+        return self.nearest(moved / scale[:, :, None], self.h)
 
     def loss(self, fitted: Fitted) -> Tensor:
         """Weighted squared error of each group ``(n, groups)``, codes rounded to nearest."""
@@ -148,6 +163,9 @@ class _Search:
     def ranges(self) -> list[tuple[Tensor, Tensor]]:
         """Scales and offsets to begin with: the groups' own ranges, clipped more and less."""
         kind = self.kind
+        if self.ratios:
+            root = self.x.square().mean(2).sqrt().clamp(min=1e-30)
+            return [(root * ratio, torch.zeros_like(root)) for ratio in self.ratios]
         clip = next(share for levels, share in _CLIPS.items() if kind.levels <= levels)
         top = kind.levels - 1
         if kind.offset:
@@ -171,28 +189,26 @@ class _Search:
     def stored(self, scale: Tensor, offset: Tensor) -> Fitted:
         """``d`` and ``dmin`` whose multiples lie nearest to given scales and offsets, by their weight in the error."""
         kind = self.kind
-        assert kind.steps is not None
         safe = torch.where(scale == 0, 1.0, scale)
         unit = self.unit(safe, offset)
         bend = (self.h * unit * unit).sum(2)
-        d, step = _multiples(scale, bend, kind.steps, zero=False)
+        d, step = _multiples(scale, bend, kind.ends, kind.nearest_step)
         if kind.lows is None:
             return Fitted(d, torch.zeros_like(d), step, torch.zeros_like(step))
         # With the scale as it is stored, the best offset is another one.
         moved = ((d * step * (self.h * unit).sum(2) - self.pull) / self.mass).clamp(min=0)
-        dmin, low = _multiples(torch.where(scale == 0, offset, moved), self.mass, kind.lows, zero=True)
+        dmin, low = _multiples(torch.where(scale == 0, offset, moved), self.mass, kind.lows, None)
         return Fitted(d, dmin, step, low)
 
     def integers(self, found: Fitted) -> Fitted:
         """Steps and lows of each group moved by one where that lowers its error."""
         kind = self.kind
-        assert kind.steps is not None
         best = self.loss(found)
         step, low = found.step, found.low
         for by, lower in product((0, -1, 1), (0, -1, 1) if kind.lows else (0,)):
             if by == lower == 0:
                 continue
-            tried = (found.step + by).clamp(*kind.steps)
+            tried = kind.nearest_step(found.step + by * kind.factor)
             tried = torch.where(tried == 0, found.step, tried)
             other = (found.low + lower).clamp(*(kind.lows or (0, 0)))
             loss = self.loss(Fitted(found.d, found.dmin, tried, other))
@@ -218,33 +234,30 @@ class _Search:
         return Fitted(to_scale(d)[:, None], to_half(dmin)[:, None], found.step, found.low)
 
 
-def _halves(table: tuple[int, ...]) -> Tensor:
-    """The entry of a table nearest to numbers from ``k / 2`` to ``(k + 1) / 2``, for ``k`` from -256 to 255.
+def _multiples(
+    wanted: Tensor, bend: Tensor, ends: tuple[float, float], nearest: Callable[[Tensor], Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """``d (n, 1)`` and multipliers with the least ``Σ bend (wanted − d · multiplier)²`` of some.
 
-    No middle between two entries lies inside such a stretch, so that this is a search by indexing.
-    """
-    middles = torch.arange(-256, 256) / 2 + 0.25
-    entries = torch.tensor(table, dtype=torch.float32)
-    return entries[(middles[:, None] - entries).abs().argmin(1)]
-
-
-def _multiples(wanted: Tensor, bend: Tensor, ends: tuple[int, int], *, zero: bool) -> tuple[Tensor, Tensor]:
-    """``d (n, 1)`` and integers from ``ends`` with the least ``Σ bend (wanted − d · integer)²`` of some.
-
-    ``zero``: whether integers may be 0, and ``d`` with them.
+    Multipliers are what ``nearest`` gives, but never 0; without it integers from ``ends``, 0 and a ``d`` of 0 included.
     """
     at = wanted.abs().argmax(1, keepdim=True)
     peak = wanted.gather(1, at)
     best = torch.full_like(peak, torch.inf)
     found, whole = to_scale(peak / ends[1]), torch.ones_like(wanted)
-    for top in (end * (1.12 - 0.4 * i / (_TRIES - 1)) for end in ends if end for i in range(_TRIES)):
-        d = to_half(peak / top) if zero else to_scale(peak / top)
-        integer = torch.where(d == 0, 0.0, wanted / torch.where(d == 0, 1.0, d)).round_().clamp_(*ends)
-        if not zero:
+    for top in (
+        end * (1.12 - 0.4 * i / (_TRIES - 1)) for end in {ends[1], min(ends[0], 0)} - {0} for i in range(_TRIES)
+    ):
+        if nearest is None:
+            d = to_half(peak / top)
+            number = torch.where(d == 0, 0.0, wanted / torch.where(d == 0, 1.0, d)).round_().clamp_(*ends)
+        else:
+            d = to_scale(peak / top)
+            number = nearest(wanted / d)
             sign = torch.where((wanted * d < 0) & (ends[0] < 0), -1.0, 1.0)
-            integer = torch.where(integer == 0, sign, integer)
-        loss = (bend * (wanted - d * integer).square()).sum(1, keepdim=True)
+            number = torch.where(number == 0, sign, number)
+        loss = (bend * (wanted - d * number).square()).sum(1, keepdim=True)
         better = loss < best
         best = torch.where(better, loss, best)
-        found, whole = torch.where(better, d, found), torch.where(better, integer, whole)
+        found, whole = torch.where(better, d, found), torch.where(better, number, whole)
     return found, whole
