@@ -247,3 +247,30 @@ def test_an_output_that_another_run_left_half_in_place_is_not_taken_for_ours(
     assert again.resumed
     assert not (tmp_path / "out" / ".state").exists()
     assert digests(tmp_path) == before
+
+
+def test_a_run_that_tunes_its_blocks_continues_too(model: Path, tmp_path: Path) -> None:
+    """Tuning moves all layers of a block at once, and carries states of the original model from block to block."""
+    settings = {"tune": True, "candidates": ("int2:g16", "int3:g16", "rot(int2:row)", "bf16"), "size": "55%"}
+
+    def work(folder: Path, **other: Any) -> api.Result:
+        return run(model, folder, **{**settings, **other})
+
+    (tmp_path / "whole").mkdir()
+    assert in_child(lambda: work(tmp_path / "whole")) == 0
+    expected = digests(tmp_path / "whole")
+    (tmp_path / "threads").mkdir()
+    assert in_child(lambda: work(tmp_path / "threads", workers=2)) == 0
+    assert digests(tmp_path / "threads") == expected
+    (tmp_path / "plain").mkdir()
+    assert in_child(lambda: work(tmp_path / "plain", tune=False)) == 0
+    assert digests(tmp_path / "plain")["model.safetensors"] != expected["model.safetensors"]
+    (tmp_path / "killed").mkdir()
+    draw = random.Random(3)
+    kills = 0
+    while kills < 8 and killed_at_step(draw.randint(10, 26), lambda: work(tmp_path / "killed")) != 0:
+        kills += 1
+    assert kills >= 3
+    if not (tmp_path / "killed" / "out").exists():
+        assert in_child(lambda: work(tmp_path / "killed")) == 0
+    assert digests(tmp_path / "killed") == expected

@@ -48,6 +48,12 @@ Effort = Annotated[
         "--effort", help="fast (scalar codecs only), normal, or best (longer searches, several times as slow)."
     ),
 ]
+Tune = Annotated[
+    bool | None,
+    typer.Option(
+        "--tune/--no-tune", help="Tune each block's scales and rounding after encoding. Default: with --effort best."
+    ),
+]
 SolverName = Annotated[str, typer.Option("--solver", help="coordinate, feedback or nearest.")]
 Sensitivity = Annotated[str, typer.Option(help="fisher (one backward pass) or flat (all layers alike).")]
 AllocatorName = Annotated[str, typer.Option("--allocator", help="exact or lagrangian.")]
@@ -103,6 +109,7 @@ def plan(
     seed: Seed = 0,
     candidates: Candidates = None,
     effort: Effort = "normal",
+    tune: Tune = None,
     solver: SolverName = "coordinate",
     sensitivity: Sensitivity = "fisher",
     allocator: AllocatorName = "exact",
@@ -151,6 +158,7 @@ def compress(
     seed: Seed = 0,
     candidates: Candidates = None,
     effort: Effort = "normal",
+    tune: Tune = None,
     solver: SolverName = "coordinate",
     sensitivity: Sensitivity = "fisher",
     allocator: AllocatorName = "exact",

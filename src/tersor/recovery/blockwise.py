@@ -61,6 +61,10 @@ class BlockTuning:
                 f"rate is above 0."
             )
 
+    def rows(self, length: int) -> int:
+        """How many sequences of ``length`` tokens make the sample; at least one."""
+        return max(self.sample // length, 1)
+
     def __call__(
         self,
         run: Run,

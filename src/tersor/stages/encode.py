@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -16,16 +16,35 @@ from tersor.codecs.inner import under
 from tersor.contracts import Codec, CompositeCodec, DirectCodec, Gram, Layer, LeafCodec, Stretch
 from tersor.errors import NotFinite
 from tersor.parallel import in_order
+from tersor.recovery import BlockTuning
 from tersor.runtime.stream import BlockStream
 from tersor.solvers import ROW_CHUNK, Encoder, chunk_of
 from tersor.stages.context import Context, block_weights, oriented
 from tersor.stages.curves import outside_objectives
 from tersor.stages.memory import give_back
 from tersor.stages.sensitivity import advance
+from tersor.stages.tune import BlockTuner, Piece
 from tersor.stages.work import Hidden
 from tersor.statistics.collect import Grams, collect_grams
 
 STAGE = "encode"
+
+
+TUNING = BlockTuning(steps=32, batch=1024, rate=0.02, checks=2, sample=8192)
+"""How blocks are tuned; docs/LOG.md says what other settings gave."""
+
+
+@dataclass(frozen=True)
+class Coded:
+    """An encoded layer: ``weight (copies · out, in)`` as the source has it, and the tensors that are stored for it.
+
+    ``gram``: of the layer's input, where there is one for all of it.
+    """
+
+    weight: Tensor
+    parts: dict[str, Tensor]
+    record: dict[str, Any]
+    gram: Gram | None
 
 
 @dataclass(frozen=True)
@@ -65,7 +84,7 @@ def encode_model(context: Context, codecs: Mapping[str, Codec], writer: Artifact
             _embed(context, stream, embedding, codecs, writer, ids, stores[0])
             first = 0
         for block in range(first, blocks):
-            _encode_block(context, stream, block, codecs, writer, stores)
+            _encode_block(context, stream, block, codecs, writer, stores, ids)
             context.progress(STAGE, block + 1, total)
         for layer in context.anatomy.layers_of(None):
             if not writer.done(layer.name):
@@ -117,6 +136,7 @@ def _encode_block(
     codecs: Mapping[str, Codec],
     writer: ArtifactWriter,
     stores: list[Hidden],
+    ids: Tensor,
 ) -> None:
     context.work.event(STAGE, "block begun", block=block)
     before, after = stores[block], stores[block + 1]
@@ -132,7 +152,16 @@ def _encode_block(
                 workers=context.workers,
                 keep=keep,
             )
-            _encode_layers(context, open_layers, sums, codecs, writer)
+            if context.options.tuned and open_layers:
+                # Layers are tuned together, so those that an interrupted run had written are encoded once more.
+                found = _encode_layers(context, weights, sums, codecs)
+                coded: Iterable[tuple[Layer, Coded]]
+                coded = _tuned(context, stream, module, block, before, ids, codecs, found)
+            else:
+                coded = _encode_layers(context, open_layers, sums, codecs)
+            for layer, one in coded:
+                if not writer.done(layer.name):
+                    _write(layer, one, writer)
         if context.options.propagate:
             _replace_weights(context, module, block, codecs, writer)
             advance(context, stream, module, block, before, after)
@@ -141,6 +170,7 @@ def _encode_block(
     give_back()
     context.work.event(STAGE, "block done", block=block)
     before.remove()
+    context.work.remove(f"reference-{block}.safetensors")
 
 
 def _replace_weights(
@@ -154,18 +184,69 @@ def _replace_weights(
 
 def _written_weight(context: Context, layer: Layer, codec: Codec, writer: ArtifactWriter) -> Tensor:
     """A layer's weight as the artifact now holds it, in the parameter's own shape and the run's dtype."""
-    rows = layer.stored_shape[0]
     stored = writer.read([f"{layer.name}.{part.name}" for part in codec.parts(layer.stored_shape)])
     parts = {name.rsplit(".", 1)[1]: tensor for name, tensor in stored.items()}
-
-    def work(index: int) -> Tensor:
-        here = slice(index * ROW_CHUNK, min((index + 1) * ROW_CHUNK, rows))
-        return codec.decode_rows(parts, layer.stored_shape, here).to(context.dtype)
-
-    weight = torch.cat(list(in_order(work, -(-rows // ROW_CHUNK), context.workers)))
+    weight = _decoded(context, layer, codec, parts, context.dtype)
     if layer.copies > 1:
         weight = weight.reshape(layer.copies, *layer.shape)
     return weight.transpose(-1, -2).contiguous() if layer.transposed else weight
+
+
+def _decoded(context: Context, layer: Layer, codec: Codec, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """The weight ``(copies · out, in)`` that stored tensors stand for."""
+    rows = layer.stored_shape[0]
+
+    def work(index: int) -> Tensor:
+        here = slice(index * ROW_CHUNK, min((index + 1) * ROW_CHUNK, rows))
+        return codec.decode_rows(parts, layer.stored_shape, here).to(dtype)
+
+    return torch.cat(list(in_order(work, -(-rows // ROW_CHUNK), context.workers)))
+
+
+def _tuned(
+    context: Context,
+    stream: BlockStream,
+    module: nn.Module,
+    block: int,
+    before: Hidden,
+    ids: Tensor,
+    codecs: Mapping[str, Codec],
+    encoded: Iterable[tuple[Layer, Coded]],
+) -> list[tuple[Layer, Coded]]:
+    """A block's layers, with what can be tuned of them tuned against the original block's output.
+
+    The original's own states go from block to block in files of their own, for as many sequences as are tuned on.
+    """
+    here, after = (f"reference-{k}.safetensors" for k in (block, block + 1))
+    count = min(TUNING.rows(before.shape[1]), before.shape[0])
+    coded = dict(encoded)
+    with torch.no_grad():
+        states = torch.cat([before.read(chunk) for chunk in range(-(-count // before.chunk))])[:count]
+        if block == 0:
+            reference = [stream.embed(row[None]) for row in ids[:count]]
+        else:
+            reference = [row[None] for row in context.work.load_tensors(here)["states"]]
+        pieces = [
+            Piece(
+                layer=layer,
+                name=layer.name,
+                weight=one.weight.float(),
+                values=_decoded(context, layer, codecs[layer.name], one.parts, torch.float32),
+                codec=codecs[layer.name],
+                tensors=one.parts,
+                gram=one.gram,
+            )
+            for layer, one in coded.items()
+        ]
+        tuner = BlockTuner(context, stream, TUNING, reference)
+        tuned, found = tuner.tune(module, block, pieces, states)
+    context.work.save_tensors(after, {"states": torch.cat(tuner.reference)})
+    for piece in tuned:
+        assert piece.tensors is not None
+        record = coded[piece.layer].record | _summary(_errors(piece.weight, piece.values, piece.gram))
+        record["tuned"] = [found.before, found.after]
+        coded[piece.layer] = replace(coded[piece.layer], parts=dict(piece.tensors), record=record)
+    return list(coded.items())
 
 
 def _ready(context: Context, gram: Gram | None, name: str) -> Ready:
@@ -174,13 +255,9 @@ def _ready(context: Context, gram: Gram | None, name: str) -> Ready:
 
 
 def _encode_layers(
-    context: Context,
-    weights: Mapping[Layer, Tensor],
-    sums: Grams,
-    codecs: Mapping[str, Codec],
-    writer: ArtifactWriter,
-) -> None:
-    """Encode a block's open layers; those that read the same input come one after the other and share a factor."""
+    context: Context, weights: Mapping[Layer, Tensor], sums: Grams, codecs: Mapping[str, Codec]
+) -> Iterator[tuple[Layer, Coded]]:
+    """Encode layers of a block; those that read the same input come one after the other and share a factor."""
     give_back()
     ready: dict[tuple[str, int], Ready] = {}
     for layer in sorted(weights, key=lambda layer: layer.inputs):
@@ -190,7 +267,7 @@ def _encode_layers(
         for key in keys:
             if key not in ready:
                 ready[key] = _ready(context, sums.gram(layer, key[1]), layer.name)
-        encode_layer(context, layer, source, codecs[layer.name], [ready[key] for key in keys], writer)
+        yield layer, encode_layer(context, layer, source, codecs[layer.name], [ready[key] for key in keys])
 
 
 def _source_weight(context: Context, layer: Layer, held: Tensor) -> Tensor:
@@ -204,13 +281,16 @@ def _source_weight(context: Context, layer: Layer, held: Tensor) -> Tensor:
 def _encode_outside(context: Context, layer: Layer, codec: Codec, writer: ArtifactWriter) -> None:
     weight = context.weight(layer)
     gram = outside_objectives(context, layer, weight[0])[0]
-    encode_layer(context, layer, weight, codec, [_ready(context, gram, layer.name)], writer)
+    _write(layer, encode_layer(context, layer, weight, codec, [_ready(context, gram, layer.name)]), writer)
 
 
-def encode_layer(
-    context: Context, layer: Layer, weight: Tensor, codec: Codec, ready: list[Ready], writer: ArtifactWriter
-) -> None:
-    """Encode ``weight (copies, out, in)`` and write it, with what was measured on the way as the unit's record."""
+def _write(layer: Layer, coded: Coded, writer: ArtifactWriter) -> None:
+    named = {f"{layer.name}.{name}": tensor for name, tensor in coded.parts.items()}
+    writer.write(layer.name, named, record=coded.record)
+
+
+def encode_layer(context: Context, layer: Layer, weight: Tensor, codec: Codec, ready: list[Ready]) -> Coded:
+    """Encode ``weight (copies, out, in)``; what was measured on the way is the unit's record."""
     if not torch.isfinite(weight).all():
         raise NotFinite(f"The weights of {layer.name} have NaN or Inf; the source model is damaged.")
     parts = {part.name: torch.empty(part.shape, dtype=part.dtype) for part in codec.parts(layer.stored_shape)}
@@ -229,12 +309,16 @@ def encode_layer(
         totals = [total + error for total, error in zip(totals, errors, strict=True)]
     notes = {one.note for one in ready if one.note}
     notes |= {f"{layer.name}: {note}" for one in ready for note in one.encoder.notes}
-    record = {
+    record = {**_summary(totals), "notes": sorted(notes)}
+    return Coded(flat, parts, record, ready[0].gram if layer.copies == 1 else None)
+
+
+def _summary(totals: Sequence[float]) -> dict[str, Any]:
+    """What a record says of a layer's errors, from the sums that :func:`_errors` gives."""
+    return {
         "relative_error": math.sqrt(totals[0] / totals[1]) if totals[1] > 0 else 0.0,
         "output_error": totals[2] / totals[3] if totals[3] > 0 else None,
-        "notes": sorted(notes),
     }
-    writer.write(layer.name, {f"{layer.name}.{name}": tensor for name, tensor in parts.items()}, record=record)
 
 
 def _encode_by_rows(

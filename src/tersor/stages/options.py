@@ -115,9 +115,10 @@ class Options:
 
     ``text``: calibration text (None: sampled from the model itself). ``sequences``, ``length``: how much of it.
     ``candidates``: codec texts to choose from (None: the default list, which ``effort`` decides: ``fast`` without
-    trellises, ``best`` with longer ones). ``solver``: ``coordinate``, ``feedback`` or
-    ``nearest``. ``sensitivity``: ``fisher`` or ``flat``. ``propagate``: statistics for a block come from
-    the already compressed blocks before it. ``share_fused``: layers that engines fuse get one codec.
+    trellises, ``best`` with longer ones). ``solver``: ``coordinate``, ``feedback`` or ``nearest``. ``tune``: tune each
+    block's scales and rounding against what the original block puts out (None: with ``effort`` best).
+    ``sensitivity``: ``fisher`` or ``flat``. ``propagate``: statistics for a block come from the already compressed
+    blocks before it. ``share_fused``: layers that engines fuse get one codec.
     ``eval_text``: what the final quality is measured on (None: text held out from the calibration).
     """
 
@@ -131,6 +132,7 @@ class Options:
     candidates: tuple[str, ...] | None = None
     effort: EffortName = "normal"
     solver: SolverName = "coordinate"
+    tune: bool | None = None
     sensitivity: SensitivityName = "fisher"
     allocator: AllocatorName = "exact"
     propagate: bool = True
@@ -155,6 +157,11 @@ class Options:
                 raise BadInput(f"--{name.replace('_', '-')} {value!r} cannot be used; give a whole number {span}.")
         if self.candidates is not None and not self.candidates:
             raise BadInput("--candidates names no codec; write them comma-separated, such as int3:g64,int4:g64,bf16.")
+
+    @property
+    def tuned(self) -> bool:
+        """Whether blocks are tuned after they are encoded."""
+        return self.effort == "best" if self.tune is None else self.tune
 
     def identity(self) -> dict[str, Any]:
         """What an interrupted run must share with the command that continues it."""

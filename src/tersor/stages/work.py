@@ -73,6 +73,9 @@ class Work:
         tensors: dict[str, Tensor] = safetensors.torch.load_file(self.folder / name)
         return tensors
 
+    def remove(self, name: str) -> None:
+        (self.folder / name).unlink(missing_ok=True)
+
     def event(self, stage: str, what: str, **details: Any) -> None:
         """Append a line to ``events.jsonl``: what was begun and finished when. For the report and for tests."""
         line = json.dumps({"time": time.time(), "process": os.getpid(), "stage": stage, "event": what, **details})

@@ -26,16 +26,18 @@ from tersor.contracts import Codec, Gram, Layer
 from tersor.errors import TersorError
 from tersor.evaluation.divergence import DivergenceAccumulator
 from tersor.recipes import NothingFits, Recipe
+from tersor.recovery import BlockTuning
 from tersor.runtime.stream import BlockStream
 from tersor.solvers import Encoder, ErrorFeedback
 from tersor.stages.context import Context, block_weights
 from tersor.stages.finish import peak_resident_bytes
 from tersor.stages.memory import give_back
 from tersor.stages.text import Texts
+from tersor.stages.tune import BlockTuner, Piece
 from tersor.stages.verify import Pair, advance_states, compare_sequence
 from tersor.stages.work import Work
 from tersor.statistics.collect import collect_grams
-from tersor.survey.blocks import BlockTuner, Piece, encode_copies, encode_layer, expected_loss, put_values
+from tersor.survey.blocks import encode_copies, encode_layer, expected_loss, put_values
 from tersor.survey.records import Outcome
 from tersor.version import __version__
 
@@ -250,7 +252,8 @@ def _measure(
     try:
         with torch.no_grad():
             states = _pieces(bench.work.load_tensors("begin.safetensors")["states"], context.chunk)
-            tuner = None if recipe.tune is None else BlockTuner(context, stream, bench.texts.calibration, recipe.tune)
+            tuner = None if recipe.tune is None else _tuner(bench, stream, recipe.tune)
+            reached = None if tuner is None else torch.cat(tuner.reference)
             for block in range(len(context.anatomy.blocks)):
                 ready = block_grams(bench, block)
                 with stream.block(block) as module:
@@ -269,11 +272,12 @@ def _measure(
                         else:
                             pieces += found
                         notes.update({f"{layer.name}: {note}": None for note in encoder[1].notes})
-                    if tuner is not None:
-                        tuned = tuner.tune(module, block, pieces)
+                    if tuner is not None and reached is not None:
+                        pieces, tuned = tuner.tune(module, block, pieces, reached)
+                        reached = tuned.outputs
                         for layer in weights:
-                            put_values(weights[layer], layer, [piece for piece in tuned if piece.layer == layer])
-                        errors += [error for piece in tuned if (error := piece.error()) is not None]
+                            put_values(weights[layer], layer, [piece for piece in pieces if piece.layer == layer])
+                        errors += [error for piece in pieces if (error := piece.error()) is not None]
                     states = advance_states(stream, module, block, states, context.workers)
                 give_back()
                 progress(block + 1)
@@ -292,6 +296,13 @@ def _measure(
         "top1": quality.top1,
         "error": " ".join(notes),
     }
+
+
+def _tuner(bench: Bench, stream: BlockStream, tuning: BlockTuning) -> BlockTuner:
+    ids = bench.texts.calibration.ids
+    return BlockTuner(
+        bench.context, stream, tuning, [stream.embed(row[None]) for row in ids[: tuning.rows(ids.shape[1])]]
+    )
 
 
 def _compare(bench: Bench, stream: BlockStream, states: Tensor) -> DivergenceAccumulator:

@@ -49,8 +49,12 @@ def on_cluster(
                 f"--ray local."
             ) from error
     try:
-        # Ray takes plain functions only.
-        task = ray.remote(num_cpus=1, max_retries=0)(lambda name, bits: work(name, bits))
+
+        def plain(name: str, bits: float) -> Outcome:
+            """Ray takes nothing callable but functions."""
+            return work(name, bits)
+
+        task = ray.remote(num_cpus=1, max_retries=0)(plain)
         running = {task.remote(recipe.name, bits): (recipe, bits) for recipe, bits in pairs}
         while running:
             ready, _ = ray.wait(list(running), num_returns=1)
