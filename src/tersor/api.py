@@ -223,8 +223,8 @@ def survey(
     ``recipes``: names, or paths of Python files that call :func:`tersor.recipes.recipe` (default: all there are).
     Results go into ``output/survey.sqlite`` one by one, and into ``output/survey.html``; the same call continues after
     a crash, and others add to it. ``processes``: recipes run side by side; ``ray``: on a Ray cluster instead,
-    ``local``, ``auto`` or an address. ``retry``: run again what failed before. ``docs``: a folder for a page of documentation for
-    each recipe. ``told``: called with each new outcome. Other settings: see
+    ``local``, ``auto`` or an address. ``retry``: run again what failed before. ``docs``: a folder for a page of
+    documentation for each recipe. ``told``: called with each new outcome. Other settings: see
     :class:`~tersor.stages.options.Options`; the arithmetic is float32 unless ``dtype`` says otherwise.
     """
     workers = settings.pop("workers", None) or max(1, pipeline.available_workers() // max(processes, 1))

@@ -10,7 +10,15 @@ from tersor.codecs import parse
 from tersor.contracts import Gram, LeafCodec, Solver
 from tersor.solvers import CoordinateDescent, Encoder, ErrorFeedback, Nearest
 
-LEAVES = ["trellis1:L8", "trellis2:L8", "trellis2:L10", "trellis3:L8", "trellis4:L8", "block4:8x16", "block3:7x24:shift:fp16"]
+LEAVES = [
+    "trellis1:L8",
+    "trellis2:L8",
+    "trellis2:L10",
+    "trellis3:L8",
+    "trellis4:L8",
+    "block4:8x16",
+    "block3:7x24:shift:fp16",
+]
 SOLVERS: list[Solver] = [Nearest(), ErrorFeedback(), ErrorFeedback(order="natural"), CoordinateDescent(sweeps=1)]
 ROWS, IN = 300, 48
 
