@@ -53,9 +53,8 @@ class Refit:
         unit = self.unit[:, columns]
         d, old = side["d"][:, block], side["step"][:, at]
         dmin, lower = (side["dmin"][:, block], side["low"][:, at]) if kind.lows else (None, None)
-        pair = _Pair(unit, None if dmin is None else torch.ones_like(unit), near[:, here], gram[here])
-        by, shift = pair.solve(here)
-        step = kind.nearest_step((d * old + by) / d)
+        pair = _Pair(unit, None if dmin is None else torch.ones_like(unit), near, gram, here)
+        step = kind.nearest_step((d * old + pair.first()) / d)
         step = torch.where((step * old > 0) & torch.isfinite(step), step, old)
         moved = d * step - d * old
         down = torch.zeros_like(moved)
@@ -68,7 +67,7 @@ class Refit:
         side["step"][:, at] = torch.where(keep, step, old)
         if new is not None and lower is not None:
             side["low"][:, at] = torch.where(keep, new, lower)
-        pair.apply(torch.where(keep, moved, 0.0), torch.where(keep, down, 0.0), here, near, change)
+        pair.apply(torch.where(keep, moved, 0.0), torch.where(keep, down, 0.0), near, change)
 
     def _block(self, block: int, first: int, near: Tensor, change: Tensor, gram: Tensor) -> None:
         """``d``, and ``dmin``, of one block."""
@@ -82,9 +81,9 @@ class Refit:
         if kind.offset:
             ones = torch.ones_like(unit)
             ones = ones * side["low"][:, groups].repeat_interleave(kind.group, 1) if kind.lows else ones
-        pair = _Pair(unit, ones, near[:, here], gram[here])
+        pair = _Pair(unit, ones, near, gram, here)
         d = side["d"][:, block]
-        by, _ = pair.solve(here)
+        by = pair.first()
         new = to_scale(d + by)
         new = torch.where((new * d > 0) & torch.isfinite(by), new, d)
         moved, down = new - d, torch.zeros_like(d)
@@ -97,48 +96,47 @@ class Refit:
         side["d"][:, block] = torch.where(keep, new, d)
         if kind.offset:
             side["dmin"][:, block] = torch.where(keep, other, dmin)
-        pair.apply(torch.where(keep, moved, 0.0), torch.where(keep, down, 0.0), here, near, change)
+        pair.apply(torch.where(keep, moved, 0.0), torch.where(keep, down, 0.0), near, change)
 
 
 class _Pair:
-    """Two directions of some columns of each row: along ``unit`` and, where there is one, against ``ones``."""
+    """Two directions of some columns of each row: along ``unit`` and, where there is one, against ``ones``.
 
-    def __init__(self, unit: Tensor, ones: Tensor | None, near: Tensor, gram: Tensor) -> None:
-        self.unit, self.ones = unit, ones
-        self.spread = unit @ gram
-        self.over = None if ones is None else ones @ gram
-        self.force = (near * unit).sum(1)
-        self.back = None if ones is None else (near * ones).sum(1)
+    ``near (rows, n)``: the pull on a stretch of columns, of which ``here`` are meant; ``gram (n, n)``: theirs.
+    """
 
-    def solve(self, here: slice) -> tuple[Tensor, Tensor | None]:
-        """How far along each the error is least. ``here``: where the columns are among those of ``gram``."""
-        self.bend = (self.spread[:, here] * self.unit).sum(1)
-        if self.ones is None or self.over is None or self.back is None:
-            return self.force / self.bend.clamp(min=1e-38), None
-        self.cross = (self.spread[:, here] * self.ones).sum(1)
-        self.flat = (self.over[:, here] * self.ones).sum(1)
-        inner = self.bend - self.cross.square() / self.flat.clamp(min=1e-38)
-        both = (self.force - self.cross * self.back / self.flat.clamp(min=1e-38)) / inner.clamp(min=1e-38)
-        usable = (inner > 1e-5 * self.bend) & (self.flat > 0)
-        by = torch.where(usable, both, self.force / self.bend.clamp(min=1e-38))
-        return by, self.second(by)
+    def __init__(self, unit: Tensor, ones: Tensor | None, near: Tensor, gram: Tensor, here: slice) -> None:
+        self.unit, self.ones, self.here = unit, ones, here
+        self.spread = unit @ gram[here]
+        self.force = (near[:, here] * unit).sum(1)
+        self.bend = (self.spread[:, here] * unit).sum(1)
+        self.over = torch.zeros_like(self.spread) if ones is None else ones @ gram[here]
+        zero = torch.zeros_like(self.force)
+        self.back = zero if ones is None else (near[:, here] * ones).sum(1)
+        self.cross = zero if ones is None else (self.spread[:, here] * ones).sum(1)
+        self.flat = zero if ones is None else (self.over[:, here] * ones).sum(1)
+
+    def first(self) -> Tensor:
+        """How far along ``unit`` the error is least, if the other direction may follow."""
+        alone = self.force / self.bend.clamp(min=1e-38)
+        flat = self.flat.clamp(min=1e-38)
+        inner = self.bend - self.cross.square() / flat
+        both = (self.force - self.cross * self.back / flat) / inner.clamp(min=1e-38)
+        return torch.where((inner > 1e-5 * self.bend) & (self.flat > 0), both, alone)
 
     def second(self, by: Tensor) -> Tensor:
         """The best move against ``ones`` once ``unit`` has moved ``by``."""
-        assert self.back is not None
         return torch.where(self.flat > 0, (by * self.cross - self.back) / self.flat.clamp(min=1e-38), 0.0)
 
     def gain(self, by: Tensor, down: Tensor) -> Tensor:
         """By how much ``e H eᵀ`` changes; below 0 is better."""
-        change = by * (by * self.bend - 2 * self.force)
-        if self.back is None:
-            return change
-        return change + down * (2 * self.back + down * self.flat) - 2 * by * down * self.cross
+        along = by * (by * self.bend - 2 * self.force)
+        return along + down * (2 * self.back + down * self.flat) - 2 * by * down * self.cross
 
-    def apply(self, by: Tensor, down: Tensor, here: slice, near: Tensor, change: Tensor) -> None:
+    def apply(self, by: Tensor, down: Tensor, near: Tensor, change: Tensor) -> None:
         """Change the columns' values, and the pull on all columns of ``near``."""
         near -= by[:, None] * self.spread
-        change[:, here] += by[:, None] * self.unit
-        if self.ones is not None and self.over is not None:
+        change[:, self.here] += by[:, None] * self.unit
+        if self.ones is not None:
             near += down[:, None] * self.over
-            change[:, here] -= down[:, None] * self.ones
+            change[:, self.here] -= down[:, None] * self.ones
