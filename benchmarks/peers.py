@@ -24,6 +24,7 @@ import tarfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -297,8 +298,10 @@ def run(given: argparse.Namespace) -> None:
     result["speed"] = speed(result["rows"], fast)
     sizes = budgets(result["rows"], "file_bytes", "quality")
     rates = budgets(result["rows"], "bits_per_weight", "quality_linears")
-    cases = [("ours", f"size {size}", partial(compressor.sized, int(size))) for size in sizes]
-    cases += [("ours_linears", f"linears {rate:.5f}", partial(compressor.linears, rate)) for rate in rates]
+    whole = [("ours", f"size {size}", partial(compressor.sized, int(size))) for size in sizes]
+    linears = [("ours_linears", f"linears {rate:.5f}", partial(compressor.linears, rate)) for rate in rates]
+    # In turn, so that a run that is stopped has something of both.
+    cases = [case for both in zip_longest(whole, linears) for case in both if case is not None]
     for kind, case, plan in cases:
         result[kind].append(bench.ours(case, lambda plan=plan: compressor.encode(plan(), judge)))
         record()

@@ -5,6 +5,7 @@ The GGUF file is read back with the ``gguf`` package. Rows of queries and keys a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from common import Job, main
 from gguf import GGUFReader, dequantize
 from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 PARTS = {
     "attn_q": "self_attn.q_proj",
@@ -34,13 +36,14 @@ def quantize(job: Job) -> None:
     programs = home / "build" / "bin"
     plain = job.out.parent / "llama_cpp_source.gguf"
     if not plain.exists():
-        convert = [sys.executable, str(home / "convert_hf_to_gguf.py"), str(job.model), "--outtype", "bf16"]
+        convert = [sys.executable, str(home / "convert_hf_to_gguf.py"), str(_named(job)), "--outtype", "bf16"]
         subprocess.run([*convert, "--outfile", str(plain)], check=True)
     command = [str(programs / "llama-quantize")]
     with job.timed():
         if job.settings["imatrix"]:
-            matrix = job.out / "imatrix.gguf"
-            _importance(job, programs, plain, matrix)
+            matrix = job.out.parent / f"llama_cpp_imatrix_{hashlib.sha256(job.text.read_bytes()).hexdigest()[:8]}.gguf"
+            if not matrix.exists():
+                _importance(job, programs, plain, matrix)
             command += ["--imatrix", str(matrix)]
         target = job.files / "model.gguf"
         subprocess.run([*command, str(plain), str(target), job.settings["type"], str(job.threads)], check=True)
@@ -48,6 +51,22 @@ def quantize(job: Job) -> None:
     job.notes.append("linears: " + ", ".join(f"{kind} {share:.0%}" for kind, share in types))
     revision = job.settings["version"]
     job.finish(f"llama.cpp ({revision})", tensors, bits)
+
+
+def _named(job: Job) -> Path:
+    """The model's folder, or one like it where its configuration does not name its class, which the converter needs."""
+    config = json.loads((job.model / "config.json").read_text())
+    if config.get("architectures"):
+        return job.model
+    folder = job.out / "source"
+    folder.mkdir(exist_ok=True)
+    for path in job.model.iterdir():
+        if not (folder / path.name).exists():
+            (folder / path.name).symlink_to(path.resolve())
+    (folder / "config.json").unlink()
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": [name]}))
+    return folder
 
 
 def _importance(job: Job, programs: Path, plain: Path, matrix: Path) -> None:
