@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -19,7 +20,7 @@ from tersor.codecs.gguf_grids import GRIDS, parity
 from tersor.codecs.gguf_layout import KINDS
 from tersor.contracts import Encoded, Gram
 from tersor.errors import BadInput, ShapeMismatch
-from tersor.solvers import CoordinateDescent, ErrorFeedback, Nearest
+from tersor.solvers import CoordinateDescent, Encoder, ErrorFeedback, Nearest
 
 gguf = pytest.importorskip("gguf")
 
@@ -166,6 +167,34 @@ class TestSolvers:
             for share in (importance, None)
         ]
         assert float(errors[0].sum()) < float(errors[1].sum())
+
+
+@pytest.mark.parametrize("name", ["q5_1", "q3_k", "iq4_xs", "iq2_xs"])
+def test_the_bytes_are_a_tensor_of_a_gguf_file(name: str, tmp_path: Path) -> None:
+    codec, weight = gguf_codec(name), gaussian(12, WIDTH) * 0.05
+    tensors, values = Encoder(ErrorFeedback())(weight, codec, correlated_gram(WIDTH))
+    writer = gguf.GGUFWriter(tmp_path / "one.gguf", "llama")
+    writer.add_tensor("w", tensors["blocks"].numpy(), raw_dtype=gguf.GGMLQuantizationType[name.upper()])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (tensor,) = gguf.GGUFReader(tmp_path / "one.gguf").tensors
+    assert tensor.shape.tolist() == [WIDTH, 12]
+    assert np.array_equal(gguf.quants.dequantize(tensor.data, tensor.tensor_type), values.numpy())
+
+
+@pytest.mark.parametrize("text", ["rot(iq3_xxs)", "sum(q2_k,lowrank2)", "rows(5:q6_k,12:iq2_s)", "rot(q4_1)"])
+def test_inside_other_codecs(text: str) -> None:
+    codec, weight, gram = parse(text), gaussian(12, WIDTH) * 0.05, correlated_gram(WIDTH)
+    for stretch in codec.stretches(12):
+        rows = weight[stretch.start : stretch.stop]
+        tensors, values = Encoder(CoordinateDescent())(rows, stretch.codec, gram)
+        shape = (stretch.stop - stretch.start, WIDTH)
+        assert stretch.codec.bits(shape) == 8 * sum(tensor.nbytes for tensor in tensors.values())
+        assert torch.equal(stretch.codec.decode(tensors, shape), values)
+        lost, whole = (float(((one @ gram.matrix) * one).sum()) for one in (rows - values, rows))
+        assert lost < 0.06 * whole
 
 
 @pytest.mark.parametrize("name", ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "tq1_0", "tq2_0"])
