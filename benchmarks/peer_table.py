@@ -77,6 +77,9 @@ def _everything(result: Mapping[str, Any]) -> list[str]:
         if "error" in row:
             lines.append(f"| {row['title']} | failed: {row['error']} | | | | | | |")
             continue
+        if "quality" not in row:
+            lines.append(f"| {row['title']} | not measured yet | | | | | | |")
+            continue
         size = f"{row['file_bytes']:,}" if row["file_bytes"] else "not saved"
         lines.append(
             f"| {row['title']} ({row['version']}) | {size} | {row['bits_per_weight']:.3f} | {_quality(row['quality'])} "
