@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from tersor import pipeline
+from tersor import delivery, pipeline
 from tersor.artifact import Artifact, plan_from_json
 from tersor.contracts import Anatomy, Plan, Quality
+from tersor.delivery import Delivered
 from tersor.errors import BadInput
 from tersor.pipeline import Planned, Result
 from tersor.stages.context import Progress, silent
@@ -21,6 +22,7 @@ from tersor.stages.evaluate import evaluate_model, is_artifact, open_whole
 from tersor.stages.fast import fast_curves
 from tersor.stages.generate import generate_text
 from tersor.stages.options import Budget, Options, parse_budget, parse_bytes
+from tersor.stages.prove import Proof
 from tersor.survey import Outcome, Request, Survey, run_survey
 
 Model = str | Path | nn.Module
@@ -68,6 +70,7 @@ def plan(
     memory: Size = None,
     bpw: float | None = None,
     fast: bool = False,
+    engine: str = "transformers",
     progress: Progress = silent,
     cache_dir: Path | None = None,
     **settings: Any,
@@ -75,10 +78,14 @@ def plan(
     """Choose a codec for every layer within a budget; say exact bytes, peak memory, disk and time; encode nothing.
 
     ``model``: folder, GGUF file, hub id or module. Give one of ``size`` and ``memory`` (bytes, ``"60MB"``, ``"25%"`` of
-    the source) or ``bpw``. ``fast``: from the weights alone. Other settings: see
-    :class:`~tersor.stages.options.Options`. Raises a :class:`~tersor.errors.TersorError` for bad input.
+    the source) or ``bpw``. ``fast``: from the weights alone. ``engine``: what is to run it, ``transformers`` or
+    ``llama.cpp``. Other settings: see :class:`~tersor.stages.options.Options`. Raises a
+    :class:`~tersor.errors.TersorError` for bad input.
     """
     options = _options(parse_budget(_text(size), _text(memory), bpw), settings)
+    delivery.check_engine(engine)
+    if engine != "transformers":
+        return delivery.plan_gguf(resolve(model), options, fast=fast, progress=progress, cache_dir=cache_dir)
     return pipeline.plan(resolve(model), options, fast=fast, progress=progress, cache_dir=cache_dir)
 
 
@@ -117,6 +124,69 @@ def compress(
         cache_dir=cache_dir,
         command=command,
     )
+
+
+def compress_for(
+    engine: str,
+    model: Model,
+    output: str | Path,
+    *,
+    size: Size = None,
+    bpw: float | None = None,
+    overwrite: bool = False,
+    restart: bool = False,
+    progress: Progress = silent,
+    cache_dir: Path | None = None,
+    command: str = "",
+    **settings: Any,
+) -> Delivered:
+    """Compress ``model`` into a file that ``engine`` runs (``llama.cpp``: a GGUF), within a budget for that very file.
+
+    Codecs are those that the engine can execute. Where it is installed, the engine itself then runs the file, and its
+    output is compared with the source's. Raises a :class:`~tersor.errors.TersorError` for what cannot be done, engine
+    rules included, before any work.
+    """
+    delivery.check_engine(engine)
+    if engine == "transformers":
+        raise BadInput("For transformers, use compress(): it writes a folder.")
+    return delivery.compress_gguf(
+        resolve(model),
+        Path(output),
+        _options(parse_budget(_text(size), None, bpw), settings),
+        overwrite=overwrite,
+        restart=restart,
+        progress=progress,
+        cache_dir=cache_dir,
+        command=command,
+    )
+
+
+def export(
+    artifact: str | Path,
+    output: str | Path,
+    *,
+    engine: str = "llama.cpp",
+    overwrite: bool = False,
+    cache_dir: Path | None = None,
+) -> int:
+    """Write an artifact whose codecs ``engine`` can run as that engine's file. Returns its bytes."""
+    delivery.check_engine(engine)
+    if engine == "transformers":
+        raise BadInput("An artifact is what transformers reads already; export it to llama.cpp.")
+    return delivery.export_gguf(Path(artifact), Path(output), overwrite=overwrite, cache_dir=cache_dir)
+
+
+def prove(
+    path: str | Path,
+    against: Model,
+    *,
+    progress: Progress = silent,
+    cache_dir: Path | None = None,
+    **settings: Any,
+) -> Proof:
+    """Run an engine's file by the engine itself; its KL from ``against``, and the KL that our decoding predicts."""
+    options = _options(None, settings)
+    return delivery.prove(Path(path), resolve(against), options, progress=progress, cache_dir=cache_dir)
 
 
 def _read_plan(path: str | Path) -> Plan:

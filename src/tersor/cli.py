@@ -48,6 +48,7 @@ Effort = Annotated[
         "--effort", help="fast (scalar codecs only), normal, or best (longer searches, several times as slow)."
     ),
 ]
+Engine = Annotated[str, typer.Option("--for", help="What is to run it: transformers, or llama.cpp (a GGUF file).")]
 Tune = Annotated[
     bool | None,
     typer.Option(
@@ -121,6 +122,7 @@ def plan(
     max_memory: MaxMemory = None,
     trust_remote_code: Trust = False,
     revision: Revision = None,
+    engine: Engine = "transformers",
     as_json: Json = False,
 ) -> None:
     """Choose codecs within a budget; show exact sizes and the cost of the run. Encodes nothing."""
@@ -171,14 +173,32 @@ def compress(
     restart: Annotated[bool, typer.Option("--restart", help="Throw an interrupted run's work away.")] = False,
     trust_remote_code: Trust = False,
     revision: Revision = None,
+    engine: Engine = "transformers",
     as_json: Json = False,
 ) -> None:
     """Compress a model within a budget, verify the result and measure it. Continues an interrupted run."""
     values = dict(locals())
-    for name in ("model", "output", "plan", "overwrite", "restart", "as_json"):
+    for name in ("model", "output", "plan", "overwrite", "restart", "engine", "as_json"):
         values.pop(name)
     from tersor import api, show
 
+    if engine != "transformers":
+        if plan is not None or memory is not None:
+            raise BadInput(f"--plan and --memory cannot be used with --for {engine}; give --size or --bpw.")
+        values.pop("memory")
+        with show.progress() as progress:
+            delivered = api.compress_for(
+                engine,
+                model,
+                output,
+                overwrite=overwrite,
+                restart=restart,
+                progress=progress,
+                command=shlex.join(["tersor", *sys.argv[1:]]),
+                **_settings(values),
+            )
+        show.emit(as_json, lambda: show.delivered_data(delivered), lambda: show.delivered_table(delivered))
+        return
     with show.progress() as progress:
         result = api.compress(
             model,
@@ -229,6 +249,48 @@ def evaluate(
             revision=revision,
         )
     show.emit(as_json, lambda: show.quality_data(quality), lambda: show.quality_table(quality))
+
+
+@app.command()
+def export(
+    artifact: Annotated[Path, typer.Argument(help="An artifact whose codecs the engine can run.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
+    to: Annotated[str, typer.Option("--to", help="The engine: llama.cpp.")] = "llama.cpp",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+) -> None:
+    """Write an artifact as another engine's file."""
+    from tersor import api
+
+    size = api.export(artifact, output, engine=to, overwrite=overwrite)
+    sys.stdout.write(f"{output}: {size:,} bytes\n")
+
+
+@app.command()
+def prove(
+    path: Annotated[Path, typer.Argument(help="A file for another engine, such as a GGUF.")],
+    against: Annotated[str, typer.Option(help="The model it was made from: a folder, .gguf file, hub id, or 'demo'.")],
+    text: Text = None,
+    text_field: Field = None,
+    text_split: Split = "train",
+    sequences: Sequences = 64,
+    length: Length = 256,
+    eval_text: EvalText = None,
+    eval_sequences: EvalSequences = 16,
+    seed: Seed = 0,
+    workers: Workers = None,
+    trust_remote_code: Trust = False,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Run a file by its real engine; show its KL from the source beside the one that tersor predicts."""
+    values = dict(locals())
+    for name in ("path", "against", "as_json"):
+        values.pop(name)
+    from tersor import api, show
+
+    with show.progress() as progress:
+        proof = api.prove(path, against, progress=progress, **values)
+    show.emit(as_json, lambda: show.proof_data(proof), lambda: show.proof_table(proof))
 
 
 @app.command()

@@ -20,7 +20,9 @@ from transformers.utils import logging
 
 from tersor.api import Inspection
 from tersor.contracts import Quality
+from tersor.delivery import Delivered
 from tersor.pipeline import Planned, Result
+from tersor.stages.prove import Proof
 from tersor.survey import Outcome, Survey, front
 
 
@@ -210,6 +212,48 @@ def result_table(result: Result) -> None:
         rows += [("prompt", result.sample[0]), ("text", result.sample[1])]
     rows += [("artifact", str(result.folder)), ("report", str(result.folder / "report.html"))]
     _facts("Compressed", rows)
+
+
+def _proof_rows(proof: Proof) -> list[tuple[str, str]]:
+    return [
+        ("KL by llama.cpp", f"{proof.engine.kl:.5f} ± {proof.engine.kl_error:.5f} nats/token"),
+        ("KL by our decoding", f"{proof.ours.kl:.5f} ± {proof.ours.kl_error:.5f} nats/token"),
+        ("between the two", f"{proof.noise:.2g} nats/token: the engine's own arithmetic"),
+        ("perplexity", f"{proof.engine.perplexity:.3f} (reference {proof.engine.reference_perplexity:.3f})"),
+        ("top-1 agreement", f"{proof.engine.top1:.2%}"),
+        ("measured on", f"{proof.engine.tokens:,} tokens of {proof.engine.text}"),
+    ]
+
+
+def proof_data(proof: Proof) -> dict[str, Any]:
+    return {**asdict(proof), "path": str(proof.path)}
+
+
+def proof_table(proof: Proof) -> None:
+    _facts("Proven", [("file", f"{proof.path}, {proof.file_bytes:,} bytes"), *_proof_rows(proof)])
+
+
+def delivered_data(delivered: Delivered) -> dict[str, Any]:
+    proof = None if delivered.proof is None else proof_data(delivered.proof)
+    return {**result_data(delivered.result), "file": str(delivered.path), "proof": proof, "note": delivered.note}
+
+
+def delivered_table(delivered: Delivered) -> None:
+    result, plan = delivered.result, delivered.result.plan
+    rows = [
+        ("file", str(delivered.path)),
+        ("bytes", f"{plan.file_bytes:,} of {plan.budget:,} ({plan.file_bytes / plan.budget:.2%})"),
+        ("bits per weight", f"{result.bits_per_weight:.3f}, everything included"),
+        *(_quality_rows(result.quality) if delivered.proof is None else _proof_rows(delivered.proof)),
+        ("predicted KL", _predicted(plan.predicted)),
+        ("time", f"{result.seconds:.0f} s" + (" (resumed)" if result.resumed else "")),
+        ("peak memory", f"{nice_bytes(result.peak_memory)} above the interpreter's own"),
+    ]
+    rows += [("note", note) for note in (*result.notes, delivered.note) if note]
+    if result.sample is not None:
+        rows += [("prompt", result.sample[0]), ("text", result.sample[1])]
+    rows.append(("report", f"{delivered.path}.report.html"))
+    _facts("Compressed for llama.cpp", rows)
 
 
 def inspection_data(found: Inspection) -> dict[str, Any]:

@@ -34,14 +34,14 @@ TEXTS = [
     "sparse4of8(int4:row)",
     "sparse3of16(lut2:row)",
     "lowrank12",
+    "coded(int4:row):3.3",
+    "coded(ternary:g32):1.9",
+    "rot(coded(int5:row:asym:s8):3.2)",
     "lowrank5(int8:row)",
     "sum(int2:g32,lowrank6(int4:g4):plain):again1",
     "bitstack3:k2",
     "bitstack1:k5:plain",
     "sum(bitstack1:k1,int2:g32)",
-    "coded(int4:row):3.3",
-    "coded(ternary:g32):1.9",
-    "rot(coded(int5:row:asym:s8):3.2)",
 ]
 ROWS, COLUMNS = 72, 96
 

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 import tiny_models
+from byte_tokenizer import tokenizer
 from tersor.anatomy import WeightLoader, analyse, open_source, skeleton
 from tersor.engines.llama_cpp.library import LlamaCpp, find_library
 from tersor.engines.llama_cpp.names import pieces
@@ -40,25 +39,6 @@ RUNNABLE: dict[str, dict[str, object]] = {
     "gemma3": {"query_pre_attn_scalar": 8, "_sliding_window_pattern": 6},
     "qwen3moe": {"norm_topk_prob": True},
 }
-
-
-def tokenizer(kind: str = "gpt-2") -> PreTrainedTokenizerFast:
-    """Byte-level BPE with 97 ordinary tokens and 3 special ones."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[:93]
-    vocabulary = {name: k for k, name in enumerate(["<unk>", "<s>", "</s>", *letters])}
-    merges = [("t", "h"), ("th", "e"), ("a", "n"), ("i", "n")]
-    for pair in merges:
-        vocabulary["".join(pair)] = len(vocabulary)
-    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    plain = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.pre_tokenizer = (
-        pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), plain]) if kind == "smollm" else plain
-    )
-    inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens(["<unk>", "<s>", "</s>"])
-    made = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
-    made.chat_template = "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
-    return made
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,17 +89,9 @@ def measure_quality(
     pair: Pair, blocks: int, ids: Tensor, *, chunk: int, workers: int, origin: str, progress: Progress
 ) -> Quality:
     """KL, perplexity and agreement on ``ids (n, T)``, both models streamed block by block in tandem."""
-    sequences = ids.shape[0]
-    pieces = [slice(at, min(at + chunk, sequences)) for at in range(0, sequences, chunk)]
-    states: list[list[Tensor]] = []
-    for stream in (pair.reference, pair.compressed):
-        with torch.no_grad():
-            states.append([stream.embed(ids[piece]) for piece in pieces])
-    for block in range(blocks):
-        for number, stream in enumerate((pair.reference, pair.compressed)):
-            with stream.block(block) as module:
-                states[number] = advance_states(stream, module, block, states[number], workers)
-        progress(STAGE, block + 1, blocks + 1)
+    streams = (pair.reference, pair.compressed)
+    states = final_states(streams, blocks, ids, chunk, workers, lambda done: progress(STAGE, done, blocks + 1))
+    pieces = _pieces(ids, chunk)
     accumulator = DivergenceAccumulator()
     with pair.reference.head_module(), pair.compressed.head_module():
         for index, piece in enumerate(pieces):
@@ -108,6 +101,27 @@ def measure_quality(
                 accumulator.add(compare_sequence(pair, hidden[0], hidden[1], targets, workers))
     progress(STAGE, blocks + 1, blocks + 1)
     return accumulator.quality(origin)
+
+
+def _pieces(ids: Tensor, chunk: int) -> list[slice]:
+    return [slice(at, min(at + chunk, len(ids))) for at in range(0, len(ids), chunk)]
+
+
+def final_states(
+    streams: Sequence[BlockStream], blocks: int, ids: Tensor, chunk: int, workers: int, done: Callable[[int], None]
+) -> list[list[Tensor]]:
+    """Hidden states after the last block, for each stream in pieces of ``chunk`` sequences of ``ids (n, T)``.
+
+    ``done(blocks)`` is called after each block.
+    """
+    with torch.no_grad():
+        states = [[stream.embed(ids[piece]) for piece in _pieces(ids, chunk)] for stream in streams]
+    for block in range(blocks):
+        for number, stream in enumerate(streams):
+            with stream.block(block) as module:
+                states[number] = advance_states(stream, module, block, states[number], workers)
+        done(block + 1)
+    return states
 
 
 def advance_states(

@@ -1,0 +1,141 @@
+"""llama.cpp as an engine: the codecs it runs, what a file of it takes, writing one, and reading one back."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from tersor.contracts import Anatomy, Codec, Layer
+from tersor.engines.llama_cpp.names import architecture, gguf, kept_value, pieces
+from tersor.engines.llama_cpp.tokenizer import read_vocabulary
+from tersor.engines.llama_cpp.write import Recipe, file_bytes, write
+from tersor.errors import BadInput, CorruptArtifact
+
+NAME = "llama.cpp"
+_TYPES = {
+    **{name: name.upper() for name in ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", "q8_0")},
+    **{name: name.upper() for name in ("q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl")},
+    **{name: name.upper() for name in ("iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "tq1_0", "tq2_0")},
+    "bf16": "BF16",
+    "fp16": "F16",
+}
+"""Codec texts, and the GGML types that they are."""
+_QUICK = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1", "q8_0", "bf16")
+_GRIDS = ("iq2_xxs", "iq2_s", "iq3_xxs", "iq3_s")
+"""Types with grids of vectors: the best below four bits, and ten times as slow to encode."""
+_SLACK = 96
+"""Bytes by which what one tensor takes in a GGUF and in an artifact may differ, beyond what all tensors differ by."""
+
+
+def candidates(effort: str) -> tuple[str, ...]:
+    """Codecs to choose from; those whose blocks do not divide a layer's width are passed over there."""
+    return _QUICK if effort == "fast" else (*_GRIDS, *_QUICK)
+
+
+def check_candidates(texts: Sequence[str]) -> None:
+    """Raise BadInput for a codec that llama.cpp cannot run."""
+    for text in texts:
+        if text not in _TYPES:
+            raise BadInput(f"llama.cpp cannot run {text}; for it, choose among {', '.join(_TYPES)}.")
+
+
+def open_recipe(anatomy: Anatomy, config: PretrainedConfig, folder: Path, name: str) -> Recipe:
+    """What a GGUF of this model is made of. ``folder`` has its tokenizer. Raises BadInput for what cannot be written.
+
+    Everything that llama.cpp would refuse or compute otherwise is found here, before any work.
+    """
+    architecture(config)  # refuses what cannot be written, before a missing tokenizer does
+    width = next((layer.shape[0] for layer in anatomy.layers if layer.name == anatomy.embedding), config.vocab_size)
+    recipe = Recipe(anatomy, config, read_vocabulary(folder, width), name)
+    size_with(recipe, {layer.name: "bf16" for layer in anatomy.layers})
+    return recipe
+
+
+def size_with(recipe: Recipe, texts: Mapping[str, str]) -> int:
+    """Exact bytes of the GGUF with these codecs by layer."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return file_bytes(recipe, {name: _TYPES[text] for name, text in texts.items()}, Path(scratch))
+
+
+def overhead(recipe: Recipe, dense_bytes: int) -> int:
+    """By how much a GGUF is larger, at most, than an artifact with the same codecs.
+
+    ``dense_bytes``: of the artifact with everything in bf16. May be negative.
+    """
+    tensors = sum(len(made) for made in pieces(recipe.anatomy, recipe.config).values())
+    dense = size_with(recipe, {layer.name: "bf16" for layer in recipe.anatomy.layers})
+    return dense - dense_bytes + _SLACK * tensors
+
+
+def export(
+    recipe: Recipe, codecs: Mapping[str, Codec], path: Path, read: Callable[[str], Tensor | Mapping[str, Tensor]]
+) -> None:
+    """Write a GGUF. ``read(layer or parameter)``: a layer's stored tensors by part, or a kept parameter's value."""
+    texts = {name: str(codec) for name, codec in codecs.items()}
+    check_candidates(list(texts.values()))
+
+    def content(name: str) -> Tensor:
+        found = read(name)
+        if isinstance(found, Tensor):
+            return found
+        (tensor,) = found.values()
+        rows = tensor.contiguous()
+        return rows if rows.dtype == torch.uint8 else rows.view(torch.uint8)
+
+    write(recipe, {name: _TYPES[text] for name, text in texts.items()}, path, content)
+
+
+class Stored:
+    """A GGUF file read back: which codec each layer is in, and what it stores. Raises CorruptArtifact, BadInput."""
+
+    def __init__(self, path: Path, recipe: Recipe) -> None:
+        package = gguf()
+        self._path, self._recipe = path, recipe
+        try:
+            reader = package.GGUFReader(path)
+        except (ValueError, IndexError, KeyError, OSError) as error:
+            raise CorruptArtifact(f"{path} is not a whole GGUF file ({error}); write or fetch it again.") from error
+        self._found = {tensor.name: tensor for tensor in reader.tensors}
+        self._places = pieces(recipe.anatomy, recipe.config)
+        known = {value: text for text, value in _TYPES.items()}
+        self.texts: dict[str, str] = {}
+        for layer in recipe.anatomy.layers:
+            kinds = {self._tensor(piece.name).tensor_type.name for piece in self._places[layer.name]}
+            if len(kinds) > 1 or not kinds <= set(known):
+                raise BadInput(
+                    f"{path} holds {layer.name} as {' and '.join(sorted(kinds))}; tersor reads {', '.join(known)}, one "
+                    f"type for all of a layer."
+                )
+            self.texts[layer.name] = known[kinds.pop()]
+
+    def _tensor(self, name: str) -> Any:
+        if name not in self._found:
+            raise CorruptArtifact(f"{self._path} lacks the tensor {name!r}: it is of another model, or incomplete.")
+        return self._found[name]
+
+    def blocks(self, layer: Layer, codec: Codec) -> dict[str, Tensor]:
+        """A layer's stored tensors, rows in the order that the model has them."""
+        (part,) = codec.parts(layer.stored_shape)
+        raw = torch.empty(layer.stored_shape[0], part.nbytes // layer.stored_shape[0], dtype=torch.uint8)
+        for piece in self._places[layer.name]:
+            data = torch.from_numpy(self._tensor(piece.name).data.view("uint8").copy()).reshape(-1, raw.shape[1])
+            if piece.rows is None:
+                raw.copy_(data)
+            else:
+                raw[piece.rows] = data
+        return {part.name: raw if part.dtype == torch.uint8 else raw.view(part.dtype)}
+
+    def kept(self, name: str) -> Tensor:
+        """A kept parameter's value, float32, as the model has it."""
+        (piece,) = self._places[name]
+        found = torch.from_numpy(self._tensor(piece.name).data.astype("float32"))
+        value = torch.empty_like(found.reshape(piece.shape))
+        value[piece.rows if piece.rows is not None else slice(None)] = found.reshape(piece.shape)
+        added = kept_value(name, torch.zeros(1), self._recipe.config)
+        return value - added

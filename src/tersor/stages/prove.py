@@ -1,0 +1,112 @@
+"""Stage: a file for another engine is run by that engine itself, and compared with the source and with our decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tersor.anatomy import Source, WeightLoader
+from tersor.codecs import parse
+from tersor.contracts import Anatomy, Quality
+from tersor.engines.llama_cpp.engine import Stored
+from tersor.engines.llama_cpp.library import LlamaCpp
+from tersor.engines.llama_cpp.write import Recipe
+from tersor.evaluation.divergence import DivergenceAccumulator, compare_logits
+from tersor.runtime.stream import BlockStream
+from tersor.stages.context import Progress
+from tersor.stages.verify import HEAD_TOKENS, final_states
+
+STAGE = "prove"
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What an engine computes with a file.
+
+    ``engine``: its output against the source's. ``ours``: what our own decoding of the same file predicts. ``noise``:
+    KL (prediction ‖ engine) in nats per token: the engine's arithmetic, if the file is read alike. ``file_bytes``: its
+    size.
+    """
+
+    path: Path
+    engine: Quality
+    ours: Quality
+    noise: float
+    file_bytes: int
+
+
+def gguf_loader(stored: Stored, anatomy: Anatomy, dtype: torch.dtype) -> Callable[[Sequence[str]], dict[str, Tensor]]:
+    """A loader of parameters that decodes a GGUF's tensors by our codecs."""
+    layers = {layer.parameter: layer for layer in anatomy.layers}
+    tied = {name: layer for layer in anatomy.layers for name in layer.tied}
+
+    def load(names: Sequence[str]) -> dict[str, Tensor]:
+        found = {}
+        for name in names:
+            layer = layers.get(name) or tied.get(name)
+            if layer is None:
+                found[name] = stored.kept(name).to(dtype)
+                continue
+            codec = parse(stored.texts[layer.name])
+            weight = codec.decode(stored.blocks(layer, codec), layer.stored_shape).to(dtype)
+            weight = weight.reshape(layer.copies, *layer.shape) if layer.copies > 1 else weight
+            found[name] = weight.transpose(-1, -2).contiguous() if layer.transposed else weight
+        return found
+
+    return load
+
+
+def prove_gguf(
+    path: Path,
+    engine: LlamaCpp,
+    source: Source,
+    model: torch.nn.Module,
+    recipe: Recipe,
+    ids: Tensor,
+    *,
+    chunk: int,
+    workers: int,
+    origin: str,
+    progress: Progress,
+) -> Proof:
+    """Run a GGUF by llama.cpp on ``ids (n, T)``, next to the source and to our decoding of it, both in float32."""
+    anatomy, dtype = recipe.anatomy, torch.float32
+    loader = WeightLoader(source, model)
+    first = BlockStream(model, anatomy, lambda names: loader.load(names, dtype), dtype=dtype)
+    second = BlockStream(model, anatomy, gguf_loader(Stored(path, recipe), anatomy, dtype), dtype=dtype)
+    totals = [DivergenceAccumulator() for _ in range(3)]
+    try:
+        steps = len(anatomy.blocks) + len(ids)
+        states = final_states(
+            (first, second), len(anatomy.blocks), ids, chunk, workers, lambda done: progress(STAGE, done, steps)
+        )
+        hidden = [torch.cat(pieces) for pieces in states]
+        with first.head_module(), second.head_module(), engine.load(path, length=ids.shape[1], threads=workers) as run:
+            for row, sequence in enumerate(ids):
+                theirs = run.logits(sequence.tolist())[:-1]
+                compared = [None, None, None]
+                for start in range(0, len(theirs), HEAD_TOKENS):
+                    here = slice(start, start + HEAD_TOKENS)
+                    with torch.no_grad():
+                        wanted, ours = (
+                            stream.head(one[row : row + 1, :-1][:, here])[0].float()
+                            for stream, one in zip((first, second), hidden, strict=True)
+                        )
+                    targets = sequence[1:][here]
+                    pairs = ((wanted, theirs[here]), (wanted, ours), (ours, theirs[here]))
+                    for index, pair in enumerate(pairs):
+                        found = compare_logits(*pair, targets)
+                        compared[index] = found if compared[index] is None else compared[index] + found  # type: ignore[assignment,operator]
+                for total, one in zip(totals, compared, strict=True):
+                    assert one is not None
+                    total.add(one)
+                progress(STAGE, len(anatomy.blocks) + row + 1, steps)
+    finally:
+        first.close()
+        second.close()
+    by_engine, predicted, between = (total.quality(origin) for total in totals)
+    return Proof(path, by_engine, predicted, between.kl, path.stat().st_size)
