@@ -32,7 +32,12 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_every_option_that_is_named_exists() -> None:
     commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
-    known = {name for command in commands.values() for option in command.params for name in option.opts}
+    known = {
+        name
+        for command in commands.values()
+        for option in command.params
+        for name in option.opts + option.secondary_opts
+    }
     known |= {"--strict", "--no-deps", "--help"}  # of other programs, and of every program
     for page in MANUAL:
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text(encoding="utf-8")))
