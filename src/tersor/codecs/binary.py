@@ -103,16 +103,12 @@ class BinaryPlanes(GroupedScalar):
 
     def _nearest(self, target: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Codes and values nearest to ``target (rows, n)``; ``scale (rows, n or 1, planes)``. Ties: the least code."""
-        best = torch.full_like(target, torch.inf)
-        codes = torch.zeros(target.shape, dtype=torch.int32)
-        values = torch.zeros_like(target)
-        for code in range(2**self.bits_per_code):
-            value = self._sum(torch.tensor(code, dtype=torch.int32), scale).expand(target.shape)
-            distance = (target - value).abs()
-            closer = distance < best
-            best = torch.where(closer, distance, best)
-            values = torch.where(closer, value, values)
-            codes.masked_fill_(closer, code)
+        every = torch.arange(2**self.bits_per_code, dtype=torch.int32)
+        levels = self._sum(every, scale[..., None, :])
+        distance = (target[..., None] - levels).abs()
+        nearest = distance <= distance.amin(-1, keepdim=True)
+        codes = torch.where(nearest, every, len(every)).amin(-1)
+        values = torch.gather(levels.expand(distance.shape), -1, codes[..., None].long())[..., 0]
         return codes, values
 
     def _sum(self, codes: Tensor, scale: Tensor) -> Tensor:

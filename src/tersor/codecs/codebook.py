@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
+from scipy.spatial import cKDTree
 from torch import Tensor
 
 from tersor.codecs.text import Words, reads
@@ -23,6 +24,8 @@ from tersor.errors import BadInput
 _SAMPLES = 1 << 16
 """Vectors of a layer that a codebook is learned from."""
 _STEPS = 14
+_TREE_DIM, _TREE_LEAST = 4, 256
+"""Up to how many dimensions, and from how many entries, the nearest one is found by a tree."""
 _BEAM = 8
 """First-stage vectors that a residual code is sought from."""
 _PRODUCTS = 1 << 22
@@ -146,6 +149,10 @@ class Codebook(RowScaled):
 
 def nearest(vectors: Tensor, entries: Tensor, count: int) -> Tensor:
     """Numbers ``(n, count)`` int64 of the ``entries (k, dim)`` nearest to each of ``vectors (n, dim)``, best first."""
+    if count == 1 and entries.shape[1] <= _TREE_DIM and len(entries) >= _TREE_LEAST:
+        # In few dimensions a tree looks at a handful of entries instead of all.
+        tree = cKDTree(entries.double().numpy())
+        return torch.from_numpy(tree.query(vectors.double().numpy())[1]).reshape(-1, 1)
     half = entries.square().sum(1) * 0.5
     step = max(_PRODUCTS // len(entries), 1)
     found = []
