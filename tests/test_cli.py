@@ -246,6 +246,6 @@ def test_options_reach_the_run_and_are_recorded(
         "text": str(words), "text_field": None, "text_split": "train", "eval_text": str(words), "eval_sequences": 2,
         "sequences": 3, "length": 24, "samples": 0, "seed": 7, "candidates": ["int4:row", "bf16"],
         "solver": "feedback", "sensitivity": "flat", "allocator": "lagrangian", "propagate": False,
-        "share_fused": True, "dtype": "float32", "effort": "normal",
+        "share_fused": True, "dtype": "float32", "effort": "normal", "tune": None,
     }  # fmt: skip
     assert {str(codec) for codec in artifact.layers.values()} == {"int4:row", "bf16"}

@@ -256,21 +256,20 @@ def test_a_run_that_tunes_its_blocks_continues_too(model: Path, tmp_path: Path) 
     def work(folder: Path, **other: Any) -> api.Result:
         return run(model, folder, **{**settings, **other})
 
-    (tmp_path / "whole").mkdir()
-    assert in_child(lambda: work(tmp_path / "whole")) == 0
+    # Whole runs are no children: the engines that other tests have loaded start threads, which do not survive a fork.
+    for name in ("whole", "threads", "plain", "killed"):
+        (tmp_path / name).mkdir()
+    work(tmp_path / "whole")
     expected = digests(tmp_path / "whole")
-    (tmp_path / "threads").mkdir()
-    assert in_child(lambda: work(tmp_path / "threads", workers=2)) == 0
+    work(tmp_path / "threads", workers=2)
     assert digests(tmp_path / "threads") == expected
-    (tmp_path / "plain").mkdir()
-    assert in_child(lambda: work(tmp_path / "plain", tune=False)) == 0
+    work(tmp_path / "plain", tune=False)
     assert digests(tmp_path / "plain")["model.safetensors"] != expected["model.safetensors"]
-    (tmp_path / "killed").mkdir()
     draw = random.Random(3)
     kills = 0
     while kills < 8 and killed_at_step(draw.randint(10, 26), lambda: work(tmp_path / "killed")) != 0:
         kills += 1
     assert kills >= 3
     if not (tmp_path / "killed" / "out").exists():
-        assert in_child(lambda: work(tmp_path / "killed")) == 0
+        work(tmp_path / "killed")
     assert digests(tmp_path / "killed") == expected

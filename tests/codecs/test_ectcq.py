@@ -81,7 +81,8 @@ def test_bits_and_round_trips(text: str, solver: object, shape: tuple[int, int])
     columns=st.integers(1, 3000),
 )
 def test_text_and_bits(milli: int, states: int, rows: int, columns: int) -> None:
-    codec = EntropyCodedTrellis(milli, states)
+    codec = EntropyCodedTrellis(max(milli, 900) if states == 1 else milli, states)
+    milli = codec.milli
     assert parse(str(codec)) == codec
     assert hash(parse(str(codec))) == hash(codec)
     if not codec.accepts((rows, columns)):
@@ -111,8 +112,16 @@ def test_odd_sizes(rows: int, columns: int, milli: int, tails: bool, seed: int) 
     assert torch.isfinite(values).all()
 
 
-@pytest.mark.parametrize(("states", "gap"), [(1, 0.263), (4, 0.107), (8, 0.093), (64, 0.066)])
-@pytest.mark.parametrize("rate", [0.75, 2.0, 4.0])
+@pytest.mark.parametrize(
+    ("states", "rate", "gap"),
+    [
+        *((1, rate, 0.268) for rate in (0.9, 2.0, 4.0)),
+        *((4, rate, 0.107) for rate in (0.75, 2.0, 4.0)),
+        *((8, rate, 0.093) for rate in (0.75, 2.0, 4.0)),
+        *((64, rate, 0.066) for rate in (0.75, 2.0, 4.0)),
+        (8, 0.9, 0.115),
+    ],
+)
 def test_gaussian_distortion(states: int, gap: float, rate: float) -> None:
     """Distance to Shannon's limit, all that is stored counted.
 
@@ -200,5 +209,7 @@ def test_unreadable_texts_say_why(text: str, says: str) -> None:
 
 
 def test_layers_too_small_for_the_rate_are_refused() -> None:
-    with pytest.raises(ShapeMismatch, match=r"128 x 8.*higher rate"):
-        EntropyCodedTrellis(500).parts((128, 8))
+    with pytest.raises(ShapeMismatch, match=r"128 x 2.*higher rate"):
+        EntropyCodedTrellis(500).parts((128, 2))
+    with pytest.raises(BadInput, match=r"without a trellis rates begin at 0\.9"):
+        EntropyCodedTrellis(800, 1)

@@ -183,7 +183,7 @@ class Coded(CompositeCodec):
         return self.decode_rows(tensors, shape, slice(None))
 
     def decode_rows(self, tensors: Mapping[str, Tensor], shape: Shape, rows: slice | Tensor) -> Tensor:
-        """Decodes the tiles that these rows lie in. Raises ValueError when a stream ends early."""
+        """Decodes the tiles that these rows lie in. Raises ValueError for a damaged stream."""
         device = tensors["stream"].device
         numbers = torch.arange(shape[0])[rows.cpu() if isinstance(rows, Tensor) else rows]
         result = torch.empty(len(numbers), shape[1], dtype=torch.float32, device=device)
@@ -192,6 +192,8 @@ class Coded(CompositeCodec):
         low = model[:, SYMBOLS].long()
         frequency = _both(tables.frequencies(model[:, :SYMBOLS]))
         kinds = unpack(tensors["class"].cpu()[None], 4, shape[0])[0]
+        if len(kinds) and int(kinds.max()) >= len(model):
+            raise ValueError(f"a row is of class {int(kinds.max())}, and there are {len(model)}")
         starts = tensors["start"].tolist()
         inner = under(tensors, _PREFIX)
         for which in torch.unique(numbers // tile).tolist():

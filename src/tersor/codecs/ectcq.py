@@ -32,9 +32,32 @@ _SEARCH_ROWS = 192
 """Rows on which the step is searched first, where a layer has more than twice as many."""
 _BIT_PRICE = 0.36
 """What a bit costs in squared steps. On Gaussians, 0.3 to 0.45 lose least at all of 0.75, 2 and 4 bits."""
+_LEAST_PLAIN = 900
+"""Thousandths of a bit below which numbers without a trellis all but vanish once bits have a price."""
 _WASTE, _ENOUGH = 0.0004, 0.0006
 _FEW_ATTEMPTS, _ATTEMPTS, _MORE_ATTEMPTS, _LAST_ATTEMPTS = 3, 6, 14, 60
 """Steps tried while 0.04 % of the bytes, while 0.06 %, while 1 %, and while all of them stay empty."""
+
+
+@dataclass(frozen=True)
+class _Between:
+    """Prices between two sets of them, one that leads to more bits than there are and one that leads to fewer.
+
+    ``low``, ``high``: shares of the second between which the one is that just fits.
+    """
+
+    more: Tensor
+    fewer: Tensor
+    low: float = 0.0
+    high: float = 1.0
+
+    def prices(self) -> Tensor:
+        return torch.lerp(self.more, self.fewer, (self.low + self.high) / 2)
+
+    def after(self, fitted: bool) -> _Between:
+        """With the half left that the share is in, by whether the last one fitted."""
+        middle = (self.low + self.high) / 2
+        return replace(self, high=middle) if fitted else replace(self, low=middle)
 
 
 @dataclass(frozen=True)
@@ -55,6 +78,8 @@ class EntropyCodedTrellis(CompositeCodec):
         if self.states not in coded.TRELLISES:
             known = ", ".join(f"t{states}" for states in coded.TRELLISES)
             raise BadInput(f"There is no trellis of {self.states} states; write one of {known}.")
+        if self.states == 1 and self.milli < _LEAST_PLAIN:
+            raise BadInput(f"Codec {self} cannot be used: without a trellis rates begin at 0.9 bits; write t8.")
 
     def __str__(self) -> str:
         return f"ectcq{self.milli / 1000:g}" + ("" if self.states == 8 else f":t{self.states}")
@@ -97,6 +122,8 @@ class EntropyCodedTrellis(CompositeCodec):
             search.forget()
         best: tuple[int, Tensor, Tensor] | None = None
         leaf = replace(leaf, octaves=search.at)
+        between: _Between | None = None
+        prices: dict[bool, Tensor] = {}
         for attempt in range(_LAST_ATTEMPTS):
             tensors, values = encode(aim, leaf, basis)
             stored, used = self._stored(tensors, nbytes)
@@ -106,10 +133,22 @@ class EntropyCodedTrellis(CompositeCodec):
             most = _FEW_ATTEMPTS if waste < _ENOUGH else _ATTEMPTS if waste < 0.01 else _MORE_ATTEMPTS
             if best and (waste <= _WASTE or attempt >= most):
                 break
+            if between is not None:
+                between = between.after(used <= nbytes)
+                leaf = replace(leaf, prices=between.prices())
+                continue
+            prices[used <= nbytes] = layout.sides(tensors).tables.prices()
             search.learn(8.0 * used / count)
             if attempt >= _MORE_ATTEMPTS:
                 search.at += 0.02 * 1.2 ** (attempt - _MORE_ATTEMPTS)
-            leaf = replace(leaf, octaves=search.at, learned=leaf.learned or learn(tensors))
+            # Numbers that are far too few say nothing about how columns spread.
+            learned = leaf.learned or (learn(tensors) if 0.7 * nbytes < used < 1.5 * nbytes else None)
+            leaf = replace(leaf, octaves=search.at, learned=learned)
+            if search.stuck and search.above is not None and prices[True].shape == prices[False].shape:
+                # Cheap numbers become common, and common ones cheap: at some step the rate jumps. Prices between those
+                # of before and after the jump lead to rates between.
+                between = _Between(prices[False], prices[True])
+                leaf = replace(leaf, octaves=search.above[0], prices=between.prices())
         assert best is not None  # with ever larger steps every number becomes 0, which takes no bytes at all
         return {"stream": best[1]}, best[2]
 

@@ -79,6 +79,7 @@ class TrellisGrid(LeafCodec):
 
     ``octaves``: log2 of the step, above that for a rate of about 2 bits. ``contexts``: at most so many have tables.
     ``price``: what a bit costs in squared steps. ``learned``: from an earlier encoding of the same weights.
+    ``prices``: of numbers, by context, to use instead of those that agree with the numbers they lead to.
     """
 
     states: int
@@ -86,6 +87,7 @@ class TrellisGrid(LeafCodec):
     contexts: int
     price: float
     learned: Learned | None = field(default=None, compare=False)
+    prices: Tensor | None = field(default=None, compare=False, repr=False)
 
     def tile(self, rows: int) -> int:
         return max(rows, 1)
@@ -142,7 +144,11 @@ class TrellisGrid(LeafCodec):
             "price": tables.gaussian(start).prices(),
             "price_column": self.price * torch.exp2(-2 * fine).clamp(0.25, 1000.0),
         }
-        return self._trained(side, weight, start)
+        trained = dict(self._trained(side, weight, start))
+        if self.prices is not None and self.prices.shape[1:] == trained["price"].shape[1:]:
+            # Contexts that no number is in are left out of the tables that prices come from.
+            trained["price"] = torch.cat([self.prices, trained["price"][len(self.prices) :]])
+        return trained
 
     def _trained(self, side: dict[str, Tensor], weight: Tensor, start: Tensor) -> Side:
         """``side`` with prices and shrinkages that agree with the numbers they lead to."""

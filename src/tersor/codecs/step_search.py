@@ -6,6 +6,10 @@ WASTE = 0.0015
 """The share of the bytes that may stay empty without another attempt."""
 
 
+_NEAR = 0.01
+"""Octaves between two steps that are all but equal: they should differ by a hundredth of a bit."""
+
+
 class StepSearch:
     """The step for a rate: secants in log2 of the step, kept between the nearest steps known to be too small or large.
 
@@ -35,6 +39,14 @@ class StepSearch:
             low, high = self.below[0], self.above[0]
             self.at = min(max(self.at, low + 0.1 * (high - low)), high - 0.1 * (high - low))
         return abs(rate - self.wanted) < 0.004 * self.wanted
+
+    @property
+    def stuck(self) -> bool:
+        """Whether the rate jumps over the wanted one between two steps that are all but equal."""
+        if self.below is None or self.above is None:
+            return False
+        near = abs(self.above[0] - self.below[0]) < _NEAR
+        return near and self.below[1] - self.above[1] > 0.01 * self.wanted
 
     def forget(self) -> None:
         """Keep the slope, not the points: they were another layer's."""
