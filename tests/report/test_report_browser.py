@@ -262,7 +262,8 @@ def test_paper_is_light(page: Page, report: Path) -> None:
     width = "return document.querySelector('#curve .main-svg').getBoundingClientRect().width"
     assert page.run(width) < 690
     page.run("dispatchEvent(new Event('afterprint'))")
-    assert page.probe("look()") == dark
+    # Before printing all must be done at once; back on the screen a chart may take its time.
+    page.wait(lambda: page.probe("look()") == dark)
     assert page.run("return 'theme' in document.documentElement.dataset") is False
 
 
