@@ -144,7 +144,8 @@ class EntropyCodedTrellis(CompositeCodec):
             # Numbers that are far too few say nothing about how columns spread.
             learned = leaf.learned or (learn(tensors) if 0.7 * nbytes < used < 1.5 * nbytes else None)
             leaf = replace(leaf, octaves=search.at, learned=learned)
-            if search.stuck and search.above is not None and prices[True].shape == prices[False].shape:
+            jumped = search.stuck and len(prices) == 2 and prices[True].shape == prices[False].shape
+            if jumped and search.above is not None:
                 # Cheap numbers become common, and common ones cheap: at some step the rate jumps. Prices between those
                 # of before and after the jump lead to rates between.
                 between = _Between(prices[False], prices[True])
