@@ -93,6 +93,13 @@ class Context:
         return oriented(self.loader.load([layer.parameter])[layer.parameter], layer)
 
 
+def as_parameter(weight: Tensor, layer: Layer) -> Tensor:
+    """A layer's ``(copies · out, in)`` weight shaped as the model's parameter is."""
+    if layer.copies > 1:
+        weight = weight.reshape(layer.copies, *layer.shape)
+    return weight.transpose(-1, -2).contiguous() if layer.transposed else weight
+
+
 def oriented(parameter: Tensor, layer: Layer) -> Tensor:
     """A parameter as ``(copies, out, in)``, whichever way it is stored; a view where possible."""
     if layer.transposed:

@@ -19,7 +19,7 @@ from tersor.parallel import in_order
 from tersor.recovery import BlockTuning
 from tersor.runtime.stream import BlockStream
 from tersor.solvers import ROW_CHUNK, Encoder, chunk_of
-from tersor.stages.context import Context, block_weights, oriented
+from tersor.stages.context import Context, as_parameter, block_weights, oriented
 from tersor.stages.curves import outside_objectives
 from tersor.stages.memory import give_back
 from tersor.stages.sensitivity import advance
@@ -186,10 +186,7 @@ def _written_weight(context: Context, layer: Layer, codec: Codec, writer: Artifa
     """A layer's weight as the artifact now holds it, in the parameter's own shape and the run's dtype."""
     stored = writer.read([f"{layer.name}.{part.name}" for part in codec.parts(layer.stored_shape)])
     parts = {name.rsplit(".", 1)[1]: tensor for name, tensor in stored.items()}
-    weight = _decoded(context, layer, codec, parts, context.dtype)
-    if layer.copies > 1:
-        weight = weight.reshape(layer.copies, *layer.shape)
-    return weight.transpose(-1, -2).contiguous() if layer.transposed else weight
+    return as_parameter(_decoded(context, layer, codec, parts, context.dtype), layer)
 
 
 def _decoded(context: Context, layer: Layer, codec: Codec, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:

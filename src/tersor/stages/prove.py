@@ -11,14 +11,14 @@ from torch import Tensor
 
 from tersor.anatomy import Source, WeightLoader
 from tersor.codecs import parse
-from tersor.contracts import Anatomy, Quality
+from tersor.contracts import Anatomy, Layer, Quality
 from tersor.engines.llama_cpp.engine import Stored
 from tersor.engines.llama_cpp.library import LlamaCpp
 from tersor.engines.llama_cpp.write import Recipe
 from tersor.evaluation.divergence import DivergenceAccumulator, compare_logits
 from tersor.runtime.stream import BlockStream
-from tersor.stages.context import Progress
-from tersor.stages.verify import HEAD_TOKENS, final_states
+from tersor.stages.context import Progress, as_parameter
+from tersor.stages.verify import HEAD_TOKENS, decoding_loader, final_states
 
 STAGE = "prove"
 
@@ -41,23 +41,12 @@ class Proof:
 
 def gguf_loader(stored: Stored, anatomy: Anatomy, dtype: torch.dtype) -> Callable[[Sequence[str]], dict[str, Tensor]]:
     """A loader of parameters that decodes a GGUF's tensors by our codecs."""
-    layers = {layer.parameter: layer for layer in anatomy.layers}
-    tied = {name: layer for layer in anatomy.layers for name in layer.tied}
 
-    def load(names: Sequence[str]) -> dict[str, Tensor]:
-        found = {}
-        for name in names:
-            layer = layers.get(name) or tied.get(name)
-            if layer is None:
-                found[name] = stored.kept(name).to(dtype)
-                continue
-            codec = parse(stored.texts[layer.name])
-            weight = codec.decode(stored.blocks(layer, codec), layer.stored_shape).to(dtype)
-            weight = weight.reshape(layer.copies, *layer.shape) if layer.copies > 1 else weight
-            found[name] = weight.transpose(-1, -2).contiguous() if layer.transposed else weight
-        return found
+    def weight(layer: Layer) -> Tensor:
+        codec = parse(stored.texts[layer.name])
+        return as_parameter(codec.decode(stored.blocks(layer, codec), layer.stored_shape).to(dtype), layer)
 
-    return load
+    return decoding_loader(anatomy, dtype, weight, stored.kept)
 
 
 def prove_gguf(

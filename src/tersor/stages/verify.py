@@ -16,26 +16,38 @@ from tersor.evaluation.divergence import DivergenceAccumulator, compare_logits
 from tersor.parallel import in_order
 from tersor.runtime.stream import BlockStream
 from tersor.solvers import ROW_CHUNK
-from tersor.stages.context import Context, Progress
+from tersor.stages.context import Context, Progress, as_parameter
 
 STAGE = "verify"
 HEAD_TOKENS = 256
 """Tokens whose logits are there at one time, for each of the two models."""
 
 
-def artifact_loader(artifact: Artifact, anatomy: Anatomy, dtype: torch.dtype, workers: int):  # type: ignore[no-untyped-def]
-    """A loader of parameters for :class:`BlockStream` that decodes an artifact's layers."""
+def decoding_loader(
+    anatomy: Anatomy, dtype: torch.dtype, weight: Callable[[Layer], Tensor], kept: Callable[[str], Tensor]
+) -> Callable[[Sequence[str]], dict[str, Tensor]]:
+    """A loader of parameters for :class:`BlockStream`.
+
+    ``weight(layer)``: a layer's decoded weight, shaped as the model's parameter is. ``kept(name)``: a kept parameter.
+    """
     layers = {layer.parameter: layer for layer in anatomy.layers}
     tied = {name: layer for layer in anatomy.layers for name in layer.tied}
 
-    def load(names: list[str]) -> dict[str, Tensor]:
+    def load(names: Sequence[str]) -> dict[str, Tensor]:
         found = {}
         for name in names:
             layer = layers.get(name) or tied.get(name)
-            found[name] = artifact.kept(name).to(dtype) if layer is None else decoded(artifact, layer, dtype, workers)
+            found[name] = (kept(name) if layer is None else weight(layer)).to(dtype)
         return found
 
     return load
+
+
+def artifact_loader(
+    artifact: Artifact, anatomy: Anatomy, dtype: torch.dtype, workers: int
+) -> Callable[[Sequence[str]], dict[str, Tensor]]:
+    """A loader of parameters for :class:`BlockStream` that decodes an artifact's layers."""
+    return decoding_loader(anatomy, dtype, lambda layer: decoded(artifact, layer, dtype, workers), artifact.kept)
 
 
 def decoded(artifact: Artifact, layer: Layer, dtype: torch.dtype, workers: int) -> Tensor:
@@ -45,10 +57,7 @@ def decoded(artifact: Artifact, layer: Layer, dtype: torch.dtype, workers: int) 
     def work(index: int) -> Tensor:
         return artifact.decode(layer.name, slice(index * ROW_CHUNK, min((index + 1) * ROW_CHUNK, rows))).to(dtype)
 
-    weight = torch.cat(list(in_order(work, -(-rows // ROW_CHUNK), workers)))
-    if layer.copies > 1:
-        weight = weight.reshape(layer.copies, *layer.shape)
-    return weight.transpose(-1, -2).contiguous() if layer.transposed else weight
+    return as_parameter(torch.cat(list(in_order(work, -(-rows // ROW_CHUNK), workers))), layer)
 
 
 def check_errors(context: Context, artifact: Artifact) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,8 +126,3 @@ def kept_value(name: str, value: Tensor, config: PretrainedConfig) -> Tensor:
     """A kept parameter as llama.cpp wants it: Gemma's norms multiply by one plus their weight, which is added here."""
     added = architecture(config).startswith("gemma") and name.endswith("norm.weight")
     return value.float() + 1 if added else value.float()
-
-
-def aliases(anatomy: Anatomy) -> Mapping[str, str]:
-    """Parameters that are another's tensor: a tied head is not written, llama.cpp uses the embedding."""
-    return {name: layer.name for layer in anatomy.layers for name in layer.tied}

@@ -23,7 +23,7 @@ _MOSTLY = 1 << 10
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that a GGUF is made of but the bytes of its tensors. ``types``: GGML type name by layer."""
+    """Everything that a GGUF is made of but its tensors."""
 
     anatomy: Anatomy
     config: PretrainedConfig
@@ -42,12 +42,12 @@ class Entry:
 
 
 def entries(recipe: Recipe, types: Mapping[str, str]) -> list[Entry]:
-    """All tensors in the order of the file: layers as ``types`` says, what is kept in float32."""
+    """All tensors in the order of the file: layers in the GGML types that ``types`` names, what is kept in float32."""
     package = gguf()
     places = pieces(recipe.anatomy, recipe.config)
     found = []
     for of, made in places.items():
-        kind = package.GGMLQuantizationType[types[of].upper()] if of in types else package.GGMLQuantizationType.F32
+        kind = package.GGMLQuantizationType[types[of]] if of in types else package.GGMLQuantizationType.F32
         block, size = package.GGML_QUANT_SIZES[kind]
         found += [Entry(piece, of, kind, int(np.prod(piece.shape)) // block * size) for piece in made]
     return found
@@ -71,6 +71,13 @@ def prepared(recipe: Recipe, listed: list[Entry], path: Path) -> Any:
     return writer
 
 
+def _write_header(writer: Any) -> None:
+    """All that comes before the tensors' data."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+
+
 def write(
     recipe: Recipe,
     types: Mapping[str, str],
@@ -85,14 +92,11 @@ def write(
     partial = path.with_name(path.name + ".partial")
     writer = prepared(recipe, listed, partial)
     try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
+        _write_header(writer)
         for value in extra_tensors(recipe.config).values():
             writer.write_tensor_data(value.numpy())
-        for entry, tensor in _contents(recipe, listed, types, read):
+        for tensor in _contents(recipe, listed, types, read):
             writer.write_tensor_data(tensor.reshape(-1, tensor.shape[-1]).contiguous().numpy())
-            del entry
         writer.close()
         os.replace(partial, path)
     finally:
@@ -101,7 +105,8 @@ def write(
 
 def _contents(
     recipe: Recipe, listed: list[Entry], types: Mapping[str, str], read: Callable[[str], Tensor]
-) -> Iterator[tuple[Entry, Tensor]]:
+) -> Iterator[Tensor]:
+    """What each entry holds, in order; what several are made of is read once."""
     held: tuple[str, Tensor] | None = None
     for entry in listed:
         if held is None or held[0] != entry.of:
@@ -111,7 +116,7 @@ def _contents(
             value = kept_value(entry.of, value, recipe.config)
         if entry.piece.rows is not None:
             value = value[entry.piece.rows]
-        yield entry, (value if value.dim() > 1 else value[None])
+        yield value if value.dim() > 1 else value[None]
 
 
 def file_bytes(recipe: Recipe, types: Mapping[str, str], scratch: Path) -> int:
@@ -120,9 +125,7 @@ def file_bytes(recipe: Recipe, types: Mapping[str, str], scratch: Path) -> int:
     path = scratch / "header.gguf"
     writer = prepared(recipe, listed, path)
     try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
+        _write_header(writer)
         writer.close()
         header = path.stat().st_size
     finally:
