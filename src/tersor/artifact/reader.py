@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tersor import codecs
+from tersor.anatomy.shards import TensorInfo, map_tensor
 from tersor.artifact.header import DTYPE_NAMES, Header, parse_object, read_header
 from tersor.artifact.layout import INDEX_FILE, SINGLE_FILE
 from tersor.artifact.manifest import (
@@ -56,8 +57,11 @@ class Artifact:
         self.layers = layers
         self.shapes: Mapping[str, Shape] = {name: manifest.shapes[name] for name in layers}
         self.files = tuple(headers)
-        self._file_of = {name: file for file, header in headers.items() for name in header.tensors}
-        self._open = {file: _mapped(folder / file) for file in headers}
+        self._stored = {
+            name: TensorInfo(name, one.dtype, one.shape, folder / file, header.data_start + one.start)
+            for file, header in headers.items()
+            for name, one in header.tensors.items()
+        }
 
     @property
     def weight_bytes(self) -> int:
@@ -115,8 +119,8 @@ class Artifact:
         return self.layers[layer]
 
     def _tensor(self, name: str) -> Tensor:
-        tensor: Tensor = self._open[self._file_of[name]].get_tensor(name)
-        return tensor
+        # Each tensor has a mapping of its own, so that the pages of those no longer used do not count as memory.
+        return map_tensor(self._stored[name])
 
 
 def open_artifact(folder: str | Path, *, parse: Callable[[str], Codec] = codecs.parse) -> Artifact:
@@ -145,15 +149,18 @@ def open_artifact(folder: str | Path, *, parse: Callable[[str], Codec] = codecs.
             raise CorruptArtifact(f"{file}: expected in the list of files in {MANIFEST_FILE}, found no entry there")
         _check_size(folder, file, record)
     headers = {file: read_header(folder / file) for file in files}
+    for file in files:
+        _check_readable(folder / file)
     _check_tensors(expected, headers)
     _check_index(folder, headers)
     return Artifact(folder, config=config, manifest=manifest, layers=layers, headers=headers)
 
 
-def _mapped(path: Path) -> Any:
-    """The library's lazy handle on a file whose header was checked already; what it refuses on top is refused too."""
+def _check_readable(path: Path) -> None:
+    """The header was checked already; what the safetensors library refuses on top is refused too."""
     try:
-        return safe_open(path, framework="pt")
+        with safe_open(path, framework="pt"):
+            pass
     except SafetensorError as error:
         raise CorruptArtifact(f"{path.name}: the safetensors library refuses it ({error}); fetch it again") from error
 
