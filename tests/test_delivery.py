@@ -15,6 +15,7 @@ import tiny_models
 import tiny_runs
 from tersor import api, delivery
 from tersor.cli import app
+from tersor.engines.llama_cpp import engine as llama_cpp
 from tersor.engines.llama_cpp.library import find_library
 from tersor.errors import BadInput, CorruptArtifact, EngineFailed, Infeasible
 
@@ -60,7 +61,7 @@ def test_a_file_fills_its_budget_and_llama_cpp_computes_what_we_predict(
     assert {path.name for path in tmp_path.glob("x.gguf*")} == {"x.gguf", "x.gguf.json", "x.gguf.report.html"}
     said = json.loads((tmp_path / "x.gguf.json").read_text())
     assert said["proof"]["noise"] == done.proof.noise
-    assert set(said["plan"].values()) <= set(delivery.llama_cpp.candidates("normal"))
+    assert set(said["plan"].values()) <= set(delivery.ENGINES["llama.cpp"].candidates("normal"))
     again = api.prove(output, model(), text=tmp_path / "text.txt", cache_dir=tmp_path / "cache", **SETTINGS)
     assert again.engine.kl == done.proof.engine.kl
 
@@ -120,7 +121,7 @@ def test_without_the_engine_nothing_is_claimed(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr(delivery, "find_library", lambda: None)
+    monkeypatch.setattr(llama_cpp, "find_library", lambda: None)
     done = compress(model(), tmp_path / "x.gguf", size=150_000)
     assert done.proof is None
     assert "not proven here" in done.note

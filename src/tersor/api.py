@@ -78,14 +78,14 @@ def plan(
     """Choose a codec for every layer within a budget; say exact bytes, peak memory, disk and time; encode nothing.
 
     ``model``: folder, GGUF file, hub id or module. Give one of ``size`` and ``memory`` (bytes, ``"60MB"``, ``"25%"`` of
-    the source) or ``bpw``. ``fast``: from the weights alone. ``engine``: what is to run it, ``transformers`` or
-    ``llama.cpp``. Other settings: see :class:`~tersor.stages.options.Options`. Raises a
+    the source) or ``bpw``. ``fast``: from the weights alone. ``engine``: what is to run it, ``transformers`` or a name
+    in :data:`tersor.delivery.ENGINES`. Other settings: see :class:`~tersor.stages.options.Options`. Raises a
     :class:`~tersor.errors.TersorError` for bad input.
     """
-    options = _options(parse_budget(_text(size), _text(memory), bpw), settings)
-    delivery.check_engine(engine)
-    if engine != "transformers":
-        return delivery.plan_gguf(resolve(model), options, fast=fast, progress=progress, cache_dir=cache_dir)
+    options = _options(parse_budget(_text(size), _text(memory), bpw), {**settings, "engine": engine})
+    other = delivery.engine_for(options)
+    if other is not None:
+        return delivery.plan_for(other, resolve(model), options, fast=fast, progress=progress, cache_dir=cache_dir)
     return pipeline.plan(resolve(model), options, fast=fast, progress=progress, cache_dir=cache_dir)
 
 
@@ -110,13 +110,14 @@ def compress(
     same call after a crash continues. Returns what was measured. Raises a :class:`~tersor.errors.TersorError` for bad
     input, and when the written artifact is not what was planned.
     """
-    given = _read_plan(plan) if isinstance(plan, (str, Path)) else plan
-    asked = [value for value in (size, memory, bpw) if value is not None]
-    budget = None if given is not None and not asked else parse_budget(_text(size), _text(memory), bpw)
+    given, budget = _given(plan, size, memory, bpw)
+    options = _options(budget, settings)
+    if delivery.engine_for(options) is not None:
+        raise BadInput(f"compress() writes a folder for transformers; for {options.engine}, use compress_for().")
     return pipeline.compress(
         resolve(model),
         output,
-        _options(budget, settings),
+        options,
         given=given,
         overwrite=overwrite,
         restart=restart,
@@ -133,6 +134,7 @@ def compress_for(
     *,
     size: Size = None,
     bpw: float | None = None,
+    plan: Plan | str | Path | None = None,
     overwrite: bool = False,
     restart: bool = False,
     progress: Progress = silent,
@@ -142,17 +144,22 @@ def compress_for(
 ) -> Delivered:
     """Compress ``model`` into a file that ``engine`` runs (``llama.cpp``: a GGUF), within a budget for that very file.
 
-    Codecs are those that the engine can execute. Where it is installed, the engine itself then runs the file, and its
-    output is compared with the source's. Raises a :class:`~tersor.errors.TersorError` for what cannot be done, engine
-    rules included, before any work.
+    ``plan``: as :func:`plan` made it for this engine, perhaps edited; it brings its budget. Codecs are those that the
+    engine can execute. Where it is installed, the engine itself then runs the file, and its output is compared with the
+    source's. Raises a :class:`~tersor.errors.TersorError` for what cannot be done, engine rules included, before any
+    work.
     """
-    delivery.check_engine(engine)
-    if engine == "transformers":
+    given, budget = _given(plan, size, None, bpw)
+    options = _options(budget, {**settings, "engine": engine})
+    other = delivery.engine_for(options)
+    if other is None:
         raise BadInput("For transformers, use compress(): it writes a folder.")
-    return delivery.compress_gguf(
+    return delivery.compress_for(
+        other,
         resolve(model),
         Path(output),
-        _options(parse_budget(_text(size), None, bpw), settings),
+        options,
+        given=given,
         overwrite=overwrite,
         restart=restart,
         progress=progress,
@@ -168,12 +175,14 @@ def export(
     engine: str = "llama.cpp",
     overwrite: bool = False,
     cache_dir: Path | None = None,
+    **settings: Any,
 ) -> int:
     """Write an artifact whose codecs ``engine`` can run as that engine's file. Returns its bytes."""
-    delivery.check_engine(engine)
-    if engine == "transformers":
-        raise BadInput("An artifact is what transformers reads already; export it to llama.cpp.")
-    return delivery.export_gguf(Path(artifact), Path(output), overwrite=overwrite, cache_dir=cache_dir)
+    options = _options(None, {**settings, "engine": engine})
+    other = delivery.engine_for(options)
+    if other is None:
+        raise BadInput(f"An artifact is what transformers reads already; export it to {' or '.join(delivery.ENGINES)}.")
+    return delivery.export_to(other, Path(artifact), Path(output), options, overwrite=overwrite, cache_dir=cache_dir)
 
 
 def prove(
@@ -187,6 +196,15 @@ def prove(
     """Run an engine's file by the engine itself; its KL from ``against``, and the KL that our decoding predicts."""
     options = _options(None, settings)
     return delivery.prove(Path(path), resolve(against), options, progress=progress, cache_dir=cache_dir)
+
+
+def _given(
+    plan: Plan | str | Path | None, size: Size, memory: Size, bpw: float | None
+) -> tuple[Plan | None, Budget | None]:
+    """The plan to follow, if any, and the budget, which such a plan brings unless another one is asked for."""
+    given = _read_plan(plan) if isinstance(plan, (str, Path)) else plan
+    asked = [value for value in (size, memory, bpw) if value is not None]
+    return given, None if given is not None and not asked else parse_budget(_text(size), _text(memory), bpw)
 
 
 def _read_plan(path: str | Path) -> Plan:

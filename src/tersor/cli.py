@@ -48,7 +48,12 @@ Effort = Annotated[
         "--effort", help="fast (scalar codecs only), normal, or best (longer searches, several times as slow)."
     ),
 ]
-Engine = Annotated[str, typer.Option("--for", help="What is to run it: transformers, or llama.cpp (a GGUF file).")]
+Engine = Annotated[
+    str, typer.Option("--for", help="What is to run it: transformers, llama.cpp (a GGUF file) or compressed-tensors.")
+]
+Ranks = Annotated[
+    int, typer.Option("--tensor-parallel", help="Processors that the engine named by --for splits each layer over.")
+]
 Tune = Annotated[
     bool | None,
     typer.Option(
@@ -123,6 +128,7 @@ def plan(
     trust_remote_code: Trust = False,
     revision: Revision = None,
     engine: Engine = "transformers",
+    tensor_parallel: Ranks = 1,
     as_json: Json = False,
 ) -> None:
     """Choose codecs within a budget; show exact sizes and the cost of the run. Encodes nothing."""
@@ -144,7 +150,7 @@ def plan(
 @app.command()
 def compress(
     model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write, or the engine's file.")],
     size: Size = None,
     memory: Memory = None,
     bpw: Bpw = None,
@@ -174,6 +180,7 @@ def compress(
     trust_remote_code: Trust = False,
     revision: Revision = None,
     engine: Engine = "transformers",
+    tensor_parallel: Ranks = 1,
     as_json: Json = False,
 ) -> None:
     """Compress a model within a budget, verify the result and measure it. Continues an interrupted run."""
@@ -183,14 +190,15 @@ def compress(
     from tersor import api, show
 
     if engine != "transformers":
-        if plan is not None or memory is not None:
-            raise BadInput(f"--plan and --memory cannot be used with --for {engine}; give --size or --bpw.")
+        if memory is not None:
+            raise BadInput(f"--memory cannot be used with --for {engine}; give --size or --bpw.")
         values.pop("memory")
         with show.progress() as progress:
             delivered = api.compress_for(
                 engine,
                 model,
                 output,
+                plan=plan,
                 overwrite=overwrite,
                 restart=restart,
                 progress=progress,
@@ -254,20 +262,21 @@ def evaluate(
 @app.command()
 def export(
     artifact: Annotated[Path, typer.Argument(help="An artifact whose codecs the engine can run.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
-    to: Annotated[str, typer.Option("--to", help="The engine: llama.cpp.")] = "llama.cpp",
+    output: Annotated[Path, typer.Option("--output", "-o", help="File or folder to write.")],
+    to: Annotated[str, typer.Option("--to", help="The engine, named as for --for.")] = "llama.cpp",
+    tensor_parallel: Ranks = 1,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
 ) -> None:
     """Write an artifact as another engine's file."""
     from tersor import api
 
-    size = api.export(artifact, output, engine=to, overwrite=overwrite)
+    size = api.export(artifact, output, engine=to, overwrite=overwrite, tensor_parallel=tensor_parallel)
     sys.stdout.write(f"{output}: {size:,} bytes\n")
 
 
 @app.command()
 def prove(
-    path: Annotated[Path, typer.Argument(help="A file for another engine, such as a GGUF.")],
+    path: Annotated[Path, typer.Argument(help="A file or folder for another engine, such as a GGUF.")],
     against: Annotated[str, typer.Option(help="The model it was made from: a folder, .gguf file, hub id, or 'demo'.")],
     text: Text = None,
     text_field: Field = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -12,21 +13,21 @@ from torch import Tensor, nn
 
 from tersor import pipeline
 from tersor.anatomy import Source, cache_folder
-from tersor.engines.llama_cpp import engine as llama_cpp
-from tersor.engines.llama_cpp.library import LlamaCpp, find_library
-from tersor.engines.llama_cpp.write import Recipe
+from tersor.contracts import Codec, Plan
+from tersor.engines.contract import Engine, Target, check_codecs
+from tersor.engines.table import ENGINES, engine_of, find_engine
 from tersor.errors import BadInput, EngineFailed, Infeasible, VerificationFailed
 from tersor.pipeline import Planned, Result
 from tersor.stages.allocate import dense_layout
-from tersor.stages.context import Progress
+from tersor.stages.context import Progress, parsed
 from tersor.stages.estimate import chunk_sequences
 from tersor.stages.evaluate import open_whole
 from tersor.stages.options import Budget, Options
-from tersor.stages.prove import Proof, prove_gguf
+from tersor.stages.prove import Proof, prove_file
+from tersor.stages.rules import rule_notes
 from tersor.stages.text import prepare_texts
 
-ENGINES = ("transformers", llama_cpp.NAME)
-UNPROVEN = "not proven here: llama.cpp is not installed (pip install xllamacpp)"
+__all__ = ["ENGINES", "Delivered", "compress_for", "engine_for", "export_to", "plan_for", "prove", "write_file"]
 
 
 @dataclass(frozen=True)
@@ -35,94 +36,139 @@ class Delivered:
     is not installed, which ``note`` says then."""
 
     path: Path
+    engine: str
     result: Result
     proof: Proof | None
     note: str
 
 
 @dataclass(frozen=True)
-class _Target:
-    """A model as a GGUF: its recipe, and by how much the file is larger than an artifact, at most."""
+class _Job:
+    """A model that is to become a file of an engine. ``larger``: than an artifact, by how many bytes at most."""
 
+    engine: Engine
     source: Source
     body: nn.Module
-    recipe: Recipe
+    target: Target
     larger: int
 
 
-def check_engine(name: str) -> None:
-    """Raise BadInput for an engine that is not known."""
-    if name not in ENGINES:
-        raise BadInput(f"The engine {name!r} is unknown; use {' or '.join(ENGINES)}.")
+def engine_for(options: Options) -> Engine | None:
+    """The engine that is asked for; None for transformers. Raises BadInput where it cannot do what is asked of it."""
+    engine = find_engine(options.engine)
+    if options.tensor_parallel > 1 and (engine is None or not engine.splits):
+        able = " or ".join(name for name, one in ENGINES.items() if one.splits) or "another engine"
+        raise BadInput(
+            f"{options.engine} does not split layers over processors; give --tensor-parallel for {able} only."
+        )
+    return engine
 
 
-def _target(model: str | Path | nn.Module, options: Options, cache_dir: Path | None) -> _Target:
+def _job(engine: Engine, model: str | Path | nn.Module, options: Options, cache_dir: Path | None) -> _Job:
     source, body, anatomy = pipeline.examine(model, options, cache_dir=cache_dir)
-    name = Path(source.origin).stem or anatomy.model_type
-    recipe = llama_cpp.open_recipe(anatomy, source.config, source.path, name)
-    return _Target(source, body, recipe, llama_cpp.overhead(recipe, dense_layout(anatomy).total_bytes))
+    target = engine.open(source, anatomy)
+    return _Job(engine, source, body, target, target.overhead(dense_layout(anatomy).total_bytes))
 
 
-def _inner(target: _Target, options: Options) -> tuple[Options, int]:
+def _inner(job: _Job, options: Options) -> tuple[Options, int]:
     """The options of the run that makes the tensors, and the file's budget in bytes."""
+    name, anatomy = job.engine.name, job.target.anatomy
     if options.budget is None:
         raise BadInput("Give a budget: --size or --bpw.")
     if options.budget.kind == "memory":
-        raise BadInput("llama.cpp maps the file into memory as it is: give --size instead of --memory.")
-    wanted = options.budget.file_bytes(target.recipe.anatomy, 0)
-    texts = options.candidates or llama_cpp.candidates(options.effort)
-    llama_cpp.check_candidates(texts)
-    return replace(options, budget=Budget("size", wanted - target.larger), candidates=tuple(texts)), wanted
+        raise BadInput(f"{name} decides itself what it holds in memory: give --size instead of --memory.")
+    wanted = options.budget.file_bytes(anatomy, 0)
+    texts = tuple(options.candidates or job.engine.candidates(options.effort))
+    job.engine.check(texts)
+    rule_notes(options, anatomy, parsed(texts))  # refuses, before any work, what leaves no layer a codec
+    return replace(options, budget=Budget("size", wanted - job.larger), candidates=texts), wanted
 
 
-def _infeasible(error: Infeasible, target: _Target, wanted: int) -> Infeasible:
-    least = error.smallest + target.larger
+def _infeasible(error: Infeasible, job: _Job, wanted: int) -> Infeasible:
+    least = error.smallest + job.larger
     return Infeasible(
-        f"A file of {wanted:,} bytes is below the least possible for this model in llama.cpp, {least:,} bytes; give "
-        f"--size {least} or more, or allow smaller types with --candidates.",
+        f"A file of {wanted:,} bytes is below the least possible for this model in {job.engine.name}, {least:,} bytes; "
+        f"give --size {least} or more, or allow smaller codecs with --candidates.",
         least,
     )
 
 
-def plan_gguf(
-    model: str | Path | nn.Module, options: Options, *, fast: bool, progress: Progress, cache_dir: Path | None
+def plan_for(
+    engine: Engine,
+    model: str | Path | nn.Module,
+    options: Options,
+    *,
+    fast: bool,
+    progress: Progress,
+    cache_dir: Path | None,
 ) -> Planned:
-    """What ``tersor plan --for llama.cpp`` shows: as for an artifact, with the exact bytes of the GGUF."""
-    target = _target(model, options, cache_dir)
-    inner, wanted = _inner(target, options)
+    """What ``tersor plan --for ENGINE`` shows: as for an artifact, with the exact bytes of the engine's file."""
+    job = _job(engine, model, options, cache_dir)
+    inner, wanted = _inner(job, options)
     try:
         planned = pipeline.plan(model, inner, fast=fast, progress=progress, cache_dir=cache_dir)
     except Infeasible as error:
-        raise _infeasible(error, target, wanted) from error
-    size = llama_cpp.size_with(target.recipe, {name: one.codec for name, one in planned.plan.layers.items()})
+        raise _infeasible(error, job, wanted) from error
+    size = job.target.file_bytes(_texts(planned.plan))
     return replace(planned, plan=replace(planned.plan, file_bytes=size, budget=wanted))
 
 
-def compress_gguf(
+def _texts(plan: Plan) -> dict[str, str]:
+    return {name: choice.codec for name, choice in plan.layers.items()}
+
+
+def _followed(job: _Job, options: Options, given: Plan) -> tuple[Options, int]:
+    """Options and budget of a run that follows a plan. Raises BadInput for one that the engine cannot run, or that is
+    over its budget."""
+    if options.budget is not None:
+        raise BadInput("Give --plan or a budget; a plan for an engine brings its own budget.")
+    texts = _texts(given)
+    strangers = set(texts) ^ {layer.name for layer in job.target.anatomy.layers}
+    if strangers:
+        raise BadInput(f"The plan does not belong to this model: {min(strangers)!r} is in only one of them.")
+    check_codecs(job.engine, job.target.anatomy, _parsed(texts), options.tensor_parallel)
+    size = job.target.file_bytes(texts)
+    if size > given.budget:
+        raise BadInput(
+            f"The plan takes {size:,} bytes in {job.engine.name}, more than its budget of {given.budget:,}: choose "
+            f"smaller codecs in it, or raise its budget."
+        )
+    return options, given.budget
+
+
+def _parsed(texts: Mapping[str, str]) -> dict[str, Codec]:
+    codecs = parsed(tuple(sorted(set(texts.values()))))
+    return {name: codecs[text] for name, text in texts.items()}
+
+
+def compress_for(
+    engine: Engine,
     model: str | Path | nn.Module,
     output: Path,
     options: Options,
     *,
+    given: Plan | None,
     overwrite: bool,
     restart: bool,
     progress: Progress,
     cache_dir: Path | None,
     command: str,
 ) -> Delivered:
-    """Compress ``model`` into the GGUF file ``output``, at most as large as the budget, and let llama.cpp run it.
+    """Compress ``model`` into the engine's file ``output``, at most as large as the budget, and let the engine run it.
 
-    While it runs, the work lies beside ``output``; the same call after a crash continues. The report is kept as
-    ``<output>.report.html``, plan and proof as ``<output>.json``.
+    ``given``: a plan to follow instead of making one. While it runs, the work lies beside ``output``; the same call
+    after a crash continues. The report is kept as ``<output>.report.html``, plan and proof as ``<output>.json``.
     """
-    _check_output(output, overwrite)
-    target = _target(model, options, cache_dir)
-    inner, wanted = _inner(target, options)
+    _check_output(engine, output, overwrite)
+    job = _job(engine, model, options, cache_dir)
+    inner, wanted = _inner(job, options) if given is None else _followed(job, options, given)
     folder = output.with_name(output.name + ".artifact")
     try:
         result = pipeline.compress(
             model,
             folder,
             inner,
+            given=given,
             overwrite=folder.exists(),
             restart=restart,
             progress=progress,
@@ -130,104 +176,119 @@ def compress_gguf(
             command=command,
         )
     except Infeasible as error:
-        raise _infeasible(error, target, wanted) from error
-    size = write_gguf(folder, output, target.recipe)
+        raise _infeasible(error, job, wanted) from error
+    size = write_file(folder, output, job.target)
     if size > wanted:
-        output.unlink()
+        _remove(output)
         raise VerificationFailed(
             f"{output} would have {size:,} bytes, over the {wanted:,} asked for; please report this."
         )
-    report = output.with_name(output.name + ".report.html")
-    os.replace(folder / "report.html", report)
-    weights = target.recipe.anatomy.parameters
+    os.replace(folder / "report.html", output.with_name(output.name + ".report.html"))
     result = replace(
         result,
         folder=output,
         plan=replace(result.plan, file_bytes=size, budget=wanted),
-        bits_per_weight=8 * size / weights,
+        bits_per_weight=8 * size / job.target.anatomy.parameters,
     )
-    proof, note = _proof(target, output, options, progress, cache_dir)
+    proof, note = _proof(job, output, options, progress, cache_dir)
     data = {
-        "plan": {name: choice.codec for name, choice in result.plan.layers.items()},
+        "engine": engine.name,
+        "tensor_parallel": options.tensor_parallel,
+        "plan": _texts(result.plan),
         "file_bytes": size,
         "proof": None if proof is None else {**asdict(proof), "path": str(output)},
         "note": note,
     }
     output.with_name(output.name + ".json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(folder)
-    return Delivered(output, result, proof, note)
+    return Delivered(output, engine.name, result, proof, note)
 
 
-def _check_output(output: Path, overwrite: bool) -> None:
-    if output.suffix != ".gguf":
-        raise BadInput(f"llama.cpp reads .gguf files; {output} does not end so.")
+def _check_output(engine: Engine, output: Path, overwrite: bool) -> None:
+    if output.suffix != engine.suffix and engine.suffix:
+        raise BadInput(f"{engine.name} reads {engine.suffix} files; {output} does not end so.")
     if output.exists() and not overwrite:
         raise BadInput(f"{output} exists already; choose another --output, or add --overwrite to replace it.")
     if not output.absolute().parent.is_dir():
         raise BadInput(f"The folder {output.absolute().parent} does not exist; make it, or choose another --output.")
 
 
-def write_gguf(folder: Path, output: Path, recipe: Recipe) -> int:
-    """Write an artifact's tensors as a GGUF, and read it back. Returns its bytes.
+def _remove(output: Path) -> None:
+    if output.is_dir():
+        shutil.rmtree(output)
+    else:
+        output.unlink(missing_ok=True)
 
-    Raises BadInput for an artifact with codecs that llama.cpp cannot run, VerificationFailed when it reads otherwise.
+
+def write_file(folder: Path, output: Path, target: Target) -> int:
+    """Write an artifact's tensors as the engine's file, and read it back. Returns the bytes that a budget counts.
+
+    Raises BadInput for an artifact with codecs that the engine cannot run, VerificationFailed when the file reads
+    otherwise than it was written.
     """
     artifact = open_whole(folder)
-    layers = {layer.name: layer for layer in recipe.anatomy.layers}
+    layers = {layer.name: layer for layer in target.anatomy.layers}
 
-    def read(name: str) -> Tensor | dict[str, Tensor]:
+    def read(name: str) -> Tensor | Mapping[str, Tensor]:
         return artifact.tensors(name) if name in layers else artifact.kept(name)
 
-    llama_cpp.export(recipe, artifact.layers, output, read)
-    stored = llama_cpp.Stored(output, recipe)
+    # Names that end otherwise would not do: engines choose by them.
+    partial = output.with_name(f"partial.{output.name}")
+    _remove(partial)
+    target.write(artifact.layers, partial, read)
+    stored = target.stored(partial)
     for name, layer in layers.items():
         codec = artifact.layers[name]
         same = stored.texts[name] == str(codec)
-        written = stored.blocks(layer, codec) if same else {}
+        written = stored.tensors(layer, codec) if same else {}
         if not same or any(not written[part].equal(tensor) for part, tensor in artifact.tensors(name).items()):
+            _remove(partial)
             raise VerificationFailed(f"{output} does not hold {name} as it was written; check the disk and run again.")
-    return output.stat().st_size
+    _remove(output)
+    os.replace(partial, output)
+    return stored.nbytes
 
 
-def export_gguf(folder: Path, output: Path, *, overwrite: bool, cache_dir: Path | None) -> int:
-    """An artifact that was made for llama.cpp as a GGUF; its bytes. The model it was made from must be there."""
-    _check_output(output, overwrite)
+def export_to(
+    engine: Engine, folder: Path, output: Path, options: Options, *, overwrite: bool, cache_dir: Path | None
+) -> int:
+    """An artifact whose codecs the engine can run as its file; its bytes. The model it was made from must be there."""
+    _check_output(engine, output, overwrite)
     artifact = open_whole(folder)
-    llama_cpp.check_candidates(sorted({str(codec) for codec in artifact.layers.values()}))
-    target = _target(artifact.manifest.source.origin, Options(None), cache_dir)
-    return write_gguf(folder, output, target.recipe)
+    engine.check(sorted({str(codec) for codec in artifact.layers.values()}))
+    job = _job(engine, artifact.manifest.source.origin, options, cache_dir)
+    check_codecs(engine, job.target.anatomy, artifact.layers, options.tensor_parallel)
+    return write_file(folder, output, job.target)
 
 
 def prove(
     path: Path, against: str | Path | nn.Module, options: Options, *, progress: Progress, cache_dir: Path | None
 ) -> Proof:
-    """Run a GGUF by llama.cpp and compare it with its source, and with what our decoding of it predicts.
+    """Run a file by the engine that it is for, and compare it with its source, and with what our decoding predicts.
 
-    Raises EngineFailed where llama.cpp is not installed or refuses the file.
+    Raises EngineFailed where the engine is not installed or refuses the file.
     """
-    if not path.exists():
-        raise BadInput(f"{path} does not exist; give a GGUF file.")
-    proof, note = _proof(_target(against, options, cache_dir), path, options, progress, cache_dir)
+    engine = engine_of(path)
+    proof, note = _proof(_job(engine, against, options, cache_dir), path, options, progress, cache_dir)
     if proof is None:
         raise EngineFailed(f"{path} is {note}.")
     return proof
 
 
 def _proof(
-    target: _Target, path: Path, options: Options, progress: Progress, cache_dir: Path | None
+    job: _Job, path: Path, options: Options, progress: Progress, cache_dir: Path | None
 ) -> tuple[Proof | None, str]:
-    library = find_library()
-    if library is None:
-        return None, UNPROVEN
+    if not job.engine.installed():
+        return None, job.engine.unproven
     workers = options.workers or pipeline.available_workers()
     with pipeline.one_thread_each():
-        texts = prepare_texts(target.source, options, cache=cache_folder(cache_dir), workers=workers, progress=progress)
-        proof = prove_gguf(
+        texts = prepare_texts(job.source, options, cache=cache_folder(cache_dir), workers=workers, progress=progress)
+        proof = prove_file(
             path,
-            LlamaCpp(library),
-            target.source,
-            target.body,
-            target.recipe,
+            job.engine,
+            job.source,
+            job.body,
+            job.target,
             texts.evaluation.ids,
             chunk=chunk_sequences(options.length),
             workers=workers,

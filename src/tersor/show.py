@@ -216,7 +216,7 @@ def result_table(result: Result) -> None:
 
 def _proof_rows(proof: Proof) -> list[tuple[str, str]]:
     return [
-        ("KL by llama.cpp", f"{proof.engine.kl:.5f} ± {proof.engine.kl_error:.5f} nats/token"),
+        (f"KL by {proof.by}", f"{proof.engine.kl:.5f} ± {proof.engine.kl_error:.5f} nats/token"),
         ("KL by our decoding", f"{proof.ours.kl:.5f} ± {proof.ours.kl_error:.5f} nats/token"),
         ("between the two", f"{proof.noise:.2g} nats/token: the engine's own arithmetic"),
         ("perplexity", f"{proof.engine.perplexity:.3f} (reference {proof.engine.reference_perplexity:.3f})"),
@@ -253,7 +253,7 @@ def delivered_table(delivered: Delivered) -> None:
     if result.sample is not None:
         rows += [("prompt", result.sample[0]), ("text", result.sample[1])]
     rows.append(("report", f"{delivered.path}.report.html"))
-    _facts("Compressed for llama.cpp", rows)
+    _facts(f"Compressed for {delivered.engine}", rows)
 
 
 def inspection_data(found: Inspection) -> dict[str, Any]:

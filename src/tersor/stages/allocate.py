@@ -20,6 +20,8 @@ from tersor.artifact import (
 )
 from tersor.codecs import parse
 from tersor.contracts import Allocator, Anatomy, Choice, Codec, Layer, Plan, RatePoint
+from tersor.engines.contract import groups as engine_groups
+from tersor.engines.table import find_engine
 from tersor.errors import BadInput, Infeasible, ShapeMismatch
 from tersor.stages.options import Budget, Options
 
@@ -91,8 +93,9 @@ def make_plan(anatomy: Anatomy, curves: Mapping[str, list[RatePoint]], budget: i
     """Least predicted loss within ``budget`` bytes of weight files."""
     costs = Costs(anatomy, budget)
     allocator: Allocator = Exact() if options.allocator == "exact" else Lagrangian()
-    groups: dict[str, list[str]] = {}
-    if options.share_fused:
+    engine = find_engine(options.engine)
+    groups = {} if engine is None else engine_groups(engine, anatomy)
+    if options.share_fused and not groups:
         for layer in anatomy.layers:
             if layer.fused is not None:
                 groups.setdefault(f"fused:{layer.fused}", []).append(layer.name)

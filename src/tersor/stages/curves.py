@@ -19,6 +19,7 @@ from tersor.solvers import Encoder, Nearest
 from tersor.stages.context import Context, Record, block_weights, oriented, parsed
 from tersor.stages.memory import give_back
 from tersor.stages.options import default_candidates, searches, usable
+from tersor.stages.rules import fitting, rule_notes
 from tersor.stages.sensitivity import advance, backward_from, head_parameter, load_moments
 from tersor.stages.stretches import Measured, combine, stretch_stops
 from tersor.stages.work import Hidden
@@ -253,14 +254,13 @@ def _points(
 def layer_candidates(context: Context, layer: Layer) -> dict[str, Codec]:
     """Codecs to choose from for a layer, by text. Raises ShapeMismatch when none of those asked for can take it."""
     texts = context.options.candidates or default_candidates(layer.shape[1], context.options.effort)
-    codecs = parsed(texts)
-    fitting = usable(codecs, layer)
-    if not fitting:
+    found = fitting(context.options, context.anatomy, layer, parsed(texts))
+    if not found:
         raise ShapeMismatch(
             f"None of the candidates {', '.join(texts)} can take {layer.name} with {layer.shape[1]} inputs; add one "
             f"whose group divides {layer.shape[1]}, or a per-row one such as int4:row."
         )
-    return {text: codecs[text] for text in fitting}
+    return found
 
 
 def candidate_notes(context: Context) -> tuple[str, ...]:
@@ -272,8 +272,10 @@ def candidate_notes(context: Context) -> tuple[str, ...]:
             "The trellis search was not compiled when tersor was installed, so only scalar codecs were tried: install "
             "again with a C++ compiler, or give --effort best and a lot of time."
         )
-    for text in context.options.candidates or ():
-        refused = [layer for layer in layers if text not in layer_candidates(context, layer)]
+    given = parsed(context.options.candidates or ())
+    notes += rule_notes(context.options, context.anatomy, given)
+    for text, codec in given.items():
+        refused = [layer for layer in layers if not usable({text: codec}, layer)]
         if refused:
             notes.append(
                 f"{text} cannot take {len(refused)} of {len(layers)} layers (first {refused[0].name}, with "

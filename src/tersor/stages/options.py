@@ -103,6 +103,7 @@ _COUNTS = {
     "eval_sequences": (1, None),
     "samples": (0, 2),
     "seed": (0, 2**32 - 1),
+    "tensor_parallel": (1, None),
     "workers": (1, None),
     "max_memory": (1, None),
 }
@@ -119,7 +120,8 @@ class Options:
     block's scales and rounding against what the original block puts out (None: with ``effort`` best).
     ``sensitivity``: ``fisher`` or ``flat``. ``propagate``: statistics for a block come from the already compressed
     blocks before it. ``share_fused``: layers that engines fuse get one codec.
-    ``eval_text``: what the final quality is measured on (None: text held out from the calibration).
+    ``eval_text``: what the final quality is measured on (None: text held out from the calibration). ``engine``: what is
+    to run it, whose rules planning keeps. ``tensor_parallel``: processors over which that engine splits each layer.
     """
 
     budget: Budget | None
@@ -141,6 +143,8 @@ class Options:
     eval_text: str | None = None
     eval_sequences: int = 16
     samples: int = 2
+    engine: str = "transformers"
+    tensor_parallel: int = 1
     workers: int | None = None
     max_memory: int | None = None
     trust_remote_code: bool = False

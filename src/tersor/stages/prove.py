@@ -12,9 +12,7 @@ from torch import Tensor
 from tersor.anatomy import Source, WeightLoader
 from tersor.codecs import parse
 from tersor.contracts import Anatomy, Layer, Quality
-from tersor.engines.llama_cpp.engine import Stored
-from tersor.engines.llama_cpp.library import LlamaCpp
-from tersor.engines.llama_cpp.write import Recipe
+from tersor.engines.contract import Engine, Stored, Target
 from tersor.evaluation.divergence import DivergenceAccumulator, compare_logits
 from tersor.runtime.stream import BlockStream
 from tersor.stages.context import Progress, as_parameter
@@ -27,34 +25,35 @@ STAGE = "prove"
 class Proof:
     """What an engine computes with a file.
 
-    ``engine``: its output against the source's. ``ours``: what our own decoding of the same file predicts. ``noise``:
-    KL (prediction ‖ engine) in nats per token: the engine's arithmetic, if the file is read alike. ``file_bytes``: its
-    size.
+    ``by``: the engine's name. ``engine``: its output against the source's. ``ours``: what our own decoding of the same
+    file predicts. ``noise``: KL (prediction ‖ engine) in nats per token: the engine's arithmetic, if the file is read
+    alike. ``file_bytes``: its size, as budgets count it.
     """
 
     path: Path
+    by: str
     engine: Quality
     ours: Quality
     noise: float
     file_bytes: int
 
 
-def gguf_loader(stored: Stored, anatomy: Anatomy, dtype: torch.dtype) -> Callable[[Sequence[str]], dict[str, Tensor]]:
-    """A loader of parameters that decodes a GGUF's tensors by our codecs."""
+def stored_loader(stored: Stored, anatomy: Anatomy, dtype: torch.dtype) -> Callable[[Sequence[str]], dict[str, Tensor]]:
+    """A loader of parameters that decodes an engine's file by our codecs."""
 
     def weight(layer: Layer) -> Tensor:
         codec = parse(stored.texts[layer.name])
-        return as_parameter(codec.decode(stored.blocks(layer, codec), layer.stored_shape).to(dtype), layer)
+        return as_parameter(codec.decode(stored.tensors(layer, codec), layer.stored_shape).to(dtype), layer)
 
     return decoding_loader(anatomy, dtype, weight, stored.kept)
 
 
-def prove_gguf(
+def prove_file(
     path: Path,
-    engine: LlamaCpp,
+    engine: Engine,
     source: Source,
     model: torch.nn.Module,
-    recipe: Recipe,
+    target: Target,
     ids: Tensor,
     *,
     chunk: int,
@@ -62,11 +61,12 @@ def prove_gguf(
     origin: str,
     progress: Progress,
 ) -> Proof:
-    """Run a GGUF by llama.cpp on ``ids (n, T)``, next to the source and to our decoding of it, both in float32."""
-    anatomy, dtype = recipe.anatomy, torch.float32
+    """Run a file by its engine on ``ids (n, T)``, next to the source and to our decoding of it, both in float32."""
+    anatomy, dtype = target.anatomy, torch.float32
+    stored = target.stored(path)
     loader = WeightLoader(source, model)
     first = BlockStream(model, anatomy, lambda names: loader.load(names, dtype), dtype=dtype)
-    second = BlockStream(model, anatomy, gguf_loader(Stored(path, recipe), anatomy, dtype), dtype=dtype)
+    second = BlockStream(model, anatomy, stored_loader(stored, anatomy, dtype), dtype=dtype)
     totals = [DivergenceAccumulator() for _ in range(3)]
     try:
         steps = len(anatomy.blocks) + len(ids)
@@ -74,7 +74,7 @@ def prove_gguf(
             (first, second), len(anatomy.blocks), ids, chunk, workers, lambda done: progress(STAGE, done, steps)
         )
         hidden = [torch.cat(pieces) for pieces in states]
-        with first.head_module(), second.head_module(), engine.load(path, length=ids.shape[1], threads=workers) as run:
+        with first.head_module(), second.head_module(), engine.run(path, ids.shape[1], workers) as run:
             for row, sequence in enumerate(ids):
                 theirs = run.logits(sequence.tolist())[:-1]
                 compared = [None, None, None]
@@ -98,4 +98,4 @@ def prove_gguf(
         first.close()
         second.close()
     by_engine, predicted, between = (total.quality(origin) for total in totals)
-    return Proof(path, by_engine, predicted, between.kl, path.stat().st_size)
+    return Proof(path, engine.name, by_engine, predicted, between.kl, stored.nbytes)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,14 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from tersor.anatomy import Source
 from tersor.contracts import Anatomy, Codec, Layer
+from tersor.engines.contract import Engine, Read
+from tersor.engines.llama_cpp.library import LlamaCpp, LoadedModel, find_library
 from tersor.engines.llama_cpp.names import architecture, gguf, kept_value, pieces
 from tersor.engines.llama_cpp.tokenizer import read_vocabulary
 from tersor.engines.llama_cpp.write import Recipe, file_bytes, write
-from tersor.errors import BadInput, CorruptArtifact
+from tersor.errors import BadInput, CorruptArtifact, EngineFailed
 
 NAME = "llama.cpp"
 _TYPES = {
@@ -73,9 +78,7 @@ def overhead(recipe: Recipe, dense_bytes: int) -> int:
     return dense - dense_bytes + _SLACK * tensors
 
 
-def export(
-    recipe: Recipe, codecs: Mapping[str, Codec], path: Path, read: Callable[[str], Tensor | Mapping[str, Tensor]]
-) -> None:
+def export(recipe: Recipe, codecs: Mapping[str, Codec], path: Path, read: Read) -> None:
     """Write a GGUF. ``read(layer or parameter)``: a layer's stored tensors by part, or a kept parameter's value."""
     texts = {name: str(codec) for name, codec in codecs.items()}
     check_candidates(list(texts.values()))
@@ -97,6 +100,7 @@ class Stored:
     def __init__(self, path: Path, recipe: Recipe) -> None:
         package = gguf()
         self._path, self._recipe = path, recipe
+        self.nbytes = path.stat().st_size
         try:
             reader = package.GGUFReader(path)
         except (ValueError, IndexError, KeyError, OSError) as error:
@@ -119,7 +123,7 @@ class Stored:
             raise CorruptArtifact(f"{self._path} lacks the tensor {name!r}: it is of another model, or incomplete.")
         return self._found[name]
 
-    def blocks(self, layer: Layer, codec: Codec) -> dict[str, Tensor]:
+    def tensors(self, layer: Layer, codec: Codec) -> dict[str, Tensor]:
         """A layer's stored tensors, rows in the order that the model has them."""
         (part,) = codec.parts(layer.stored_shape)
         raw = torch.empty(layer.stored_shape[0], part.nbytes // layer.stored_shape[0], dtype=torch.uint8)
@@ -139,3 +143,60 @@ class Stored:
         value[piece.rows if piece.rows is not None else slice(None)] = found.reshape(piece.shape)
         added = kept_value(name, torch.zeros(1), self._recipe.config)
         return value - added
+
+
+@dataclass(frozen=True)
+class GgufTarget:
+    """A model as a GGUF; see :class:`~tersor.engines.contract.Target`."""
+
+    recipe: Recipe
+
+    @property
+    def anatomy(self) -> Anatomy:
+        return self.recipe.anatomy
+
+    def file_bytes(self, texts: Mapping[str, str]) -> int:
+        return size_with(self.recipe, texts)
+
+    def overhead(self, dense_bytes: int) -> int:
+        return overhead(self.recipe, dense_bytes)
+
+    def write(self, codecs: Mapping[str, Codec], path: Path, read: Read) -> None:
+        export(self.recipe, codecs, path, read)
+
+    def stored(self, path: Path) -> Stored:
+        return Stored(path, self.recipe)
+
+
+def _open(source: Source, anatomy: Anatomy) -> GgufTarget:
+    name = Path(source.origin).stem or anatomy.model_type
+    return GgufTarget(open_recipe(anatomy, source.config, source.path, name))
+
+
+def _recognises(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return path.suffix == ".gguf" or file.read(4) == b"GGUF"
+
+
+@contextmanager
+def _run(path: Path, length: int, threads: int) -> Iterator[LoadedModel]:
+    library = find_library()
+    if library is None:
+        raise EngineFailed(f"{path} is {ENGINE.unproven}.")
+    with LlamaCpp(library).load(path, length=length, threads=threads) as running:
+        yield running
+
+
+ENGINE = Engine(
+    name=NAME,
+    suffix=".gguf",
+    package="xllamacpp",
+    candidates=candidates,
+    check=check_candidates,
+    open=_open,
+    recognises=_recognises,
+    installed=lambda: find_library() is not None,
+    run=_run,
+)

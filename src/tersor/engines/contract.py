@@ -1,0 +1,134 @@
+"""What an engine is: one object that says which codecs it runs, by what rules, and how a model becomes its file.
+
+Planning, writing and proving know engines only through this, so that all of it is the same for every engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from tersor.anatomy import Source
+from tersor.contracts import Anatomy, Codec, Layer
+from tersor.errors import BadInput
+
+Read = Callable[[str], Tensor | Mapping[str, Tensor]]
+"""By layer name its stored tensors by part; by parameter name the value of what is kept."""
+
+
+class Stored(Protocol):
+    """An engine's file read back. ``texts``: the codec of every layer. ``nbytes``: of all that the budget counts."""
+
+    @property
+    def texts(self) -> Mapping[str, str]: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def tensors(self, layer: Layer, codec: Codec) -> Mapping[str, Tensor]:
+        """A layer's stored tensors, as ``codec`` declares them."""
+        ...
+
+    def kept(self, name: str) -> Tensor:
+        """A kept parameter's value, as the model has it."""
+        ...
+
+
+class Target(Protocol):
+    """One model as a file of one engine. Making it raises BadInput for a model that the engine cannot have."""
+
+    @property
+    def anatomy(self) -> Anatomy: ...
+
+    def file_bytes(self, texts: Mapping[str, str]) -> int:
+        """Exact bytes of the finished file with these codecs by layer, everything that is stored included."""
+        ...
+
+    def overhead(self, dense_bytes: int) -> int:
+        """By how many bytes a file is larger, at most, than an artifact with the same codecs; may be negative.
+
+        ``dense_bytes``: of the artifact with everything in bf16.
+        """
+        ...
+
+    def write(self, codecs: Mapping[str, Codec], path: Path, read: Read) -> None:
+        """Write the file (or folder) ``path``, which is not there. Nothing is left of it when that fails."""
+        ...
+
+    def stored(self, path: Path) -> Stored:
+        """What ``path`` holds. Raises CorruptArtifact for what is damaged, BadInput for codecs we cannot read."""
+        ...
+
+
+class Running(Protocol):
+    """A model as the engine runs it."""
+
+    def logits(self, ids: Sequence[int]) -> Tensor:
+        """Logits ``(len(ids), tokens)`` float32 after each token of one sequence."""
+        ...
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine. Functions of it are pure unless they say that they write or run something.
+
+    ``suffix``: how its files end; empty where it reads folders. ``package``: what to install to prove a file here.
+    ``candidates(effort)``: codec texts to choose from. ``check(texts)``: raises BadInput for a codec that it cannot
+    run anywhere. ``refuses(anatomy, layer, codec, ranks)``: why this layer cannot have that codec when split over
+    ``ranks`` processors, or None. ``together(layer)``: key of the layers that it fuses, which need one codec.
+    ``fallback``: what a layer gets for which no candidate is left; empty where that is an error. ``splits``: whether
+    it can split layers over processors. ``open(source, anatomy)``: see :class:`Target`. ``recognises(path)``: whether
+    a file or folder is one of its. ``installed()``, ``run(path, length, threads)``: the real engine, which raises
+    EngineFailed.
+    """
+
+    name: str
+    suffix: str
+    package: str
+    candidates: Callable[[str], tuple[str, ...]]
+    check: Callable[[Sequence[str]], None]
+    open: Callable[[Source, Anatomy], Target]
+    recognises: Callable[[Path], bool]
+    installed: Callable[[], bool]
+    run: Callable[[Path, int, int], AbstractContextManager[Running]]
+    refuses: Callable[[Anatomy, Layer, Codec, int], str | None] = lambda _anatomy, _layer, _codec, _ranks: None
+    together: Callable[[Layer], str | None] = lambda _layer: None
+    fallback: str = ""
+    splits: bool = False
+
+    @property
+    def unproven(self) -> str:
+        """What is said where the engine is not installed."""
+        return f"not proven here: {self.name} is not installed (pip install {self.package})"
+
+
+def groups(engine: Engine, anatomy: Anatomy) -> dict[str, list[str]]:
+    """Names of the layers that must share a codec, by the key of their group."""
+    found: dict[str, list[str]] = {}
+    for layer in anatomy.layers:
+        key = engine.together(layer)
+        if key is not None:
+            found.setdefault(f"fused:{key}", []).append(layer.name)
+    return found
+
+
+def check_codecs(engine: Engine, anatomy: Anatomy, codecs: Mapping[str, Codec], ranks: int) -> None:
+    """Raise BadInput, one sentence, for the first rule of the engine that these codecs by layer break."""
+    engine.check(sorted({str(codec) for codec in codecs.values()}))
+    for layer in anatomy.layers:
+        why = engine.refuses(anatomy, layer, codecs[layer.name], ranks)
+        if why is not None:
+            raise BadInput(f"{engine.name} cannot run {layer.name} in {codecs[layer.name]}: {why}.")
+    for names in groups(engine, anatomy).values():
+        texts = {str(codecs[name]): name for name in reversed(names)}
+        if len(texts) > 1:
+            (first, one), (second, other) = list(texts.items())[:2]
+            raise BadInput(
+                f"{engine.name} computes {', '.join(names)} as one product, which needs one codec for all; "
+                f"found {first} for {one} and {second} for {other}."
+            )
