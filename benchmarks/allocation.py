@@ -1,10 +1,11 @@
 """Is a measured allocation worth it? KL of allocated plans against uniform integer plans of exactly the same bytes.
 
-Same model, text, statistics, solver and run for both sides; embedding, head, scales and headers are in the bytes.
+Same model, text, statistics, solver and run for both sides, and integers on both (what trellises add is measured
+elsewhere); embedding, head, scales and headers are in the bytes.
 Two questions are asked. At 3, 4 and 5 bits per weight overall, what does the best uniform plan within that budget lose,
-and what an allocated one? And at the very sizes of 3-, 4- and 5-bit uniform plans, where those are at their best? In
-both, several uniform plans are tried and the one with the least KL is the one to beat; the others are reported too.
-Results are kept in the work folder as they come, so an interrupted benchmark continues.
+and what an allocated one? And, with --bits, at the very sizes of uniform plans of so many bits, where those are at their
+best? In both, several uniform plans are tried and the one with the least KL is the one to beat; the others are reported
+too. Results are kept in the work folder as they come, so an interrupted benchmark continues.
 
     python benchmarks/allocation.py --model MODEL_FOLDER --text TEXT [--bits 3,4,5] [--out RESULT.json]
 """
@@ -29,7 +30,7 @@ from tersor.stages import finish
 from tersor.stages.allocate import Costs, artifact_layout, make_plan, plan_from_points
 from tersor.stages.context import Context
 from tersor.stages.encode import encode_model
-from tersor.stages.options import Budget, Options
+from tersor.stages.options import Budget, EffortName, Options
 from tersor.stages.sensitivity import measure_sensitivity
 from tersor.stages.text import Texts, prepare_texts
 from tersor.stages.work import Work
@@ -88,7 +89,9 @@ def measure(context: Context, texts: Texts, plan: Plan, folder: Path) -> Mapping
     }
 
 
-def prepare(model: Path, text: Path, work: Path, sequences: int, evaluation: int) -> tuple[Context, Texts]:
+def prepare(
+    model: Path, text: Path, work: Path, sequences: int, evaluation: int, effort: EffortName = "fast"
+) -> tuple[Context, Texts]:
     """Statistics of the model, once for all plans; calibration from the text's first half, quality on the second."""
     work.mkdir(parents=True, exist_ok=True)
     content = text.read_text()
@@ -103,6 +106,7 @@ def prepare(model: Path, text: Path, work: Path, sequences: int, evaluation: int
         eval_sequences=evaluation,
         length=512,
         samples=0,
+        effort=effort,
     )
     context = replace(pipeline.light_context(model, options), work=Work(work / "run"))
     context.work.begin({"model": context.source.fingerprint(), "options": options.identity()})
@@ -118,7 +122,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--overall", default="3,4,5", help="budgets in bits per weight, everything included")
     parser.add_argument("--tries", type=int, default=2, help="uniform plans tried for each of them, the largest first")
-    parser.add_argument("--bits", default="3,4,5", help="integer widths whose own sizes are compared too")
+    parser.add_argument("--bits", default="", help="integer widths whose own sizes are compared too")
     parser.add_argument("--forms", default=",".join(FORMS))
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--evaluation", type=int, default=12)

@@ -1,7 +1,7 @@
 """Is the budget exact? Weight files for five budgets: never over, and how far under.
 
-Files are really written (with nearest rounding, since only their size is asked) and their bytes counted on disk. Uses
-the work folder of ``allocation.py``, whose statistics it shares.
+Files are really written, with the codecs that `tersor compress` chooses among (and nearest rounding, since only their
+size is asked), and their bytes counted on disk.
 
     python benchmarks/budgets.py --model MODEL_FOLDER --text TEXT [--out RESULT.json]
 """
@@ -32,13 +32,13 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--evaluation", type=int, default=12)
-    parser.add_argument("--work", type=Path, default=Path("out/bench-allocation"))
+    parser.add_argument("--work", type=Path, default=Path("out/bench-budgets"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/budgets.json"))
     arguments = parser.parse_args()
     rows = []
     with pipeline.one_thread_each():
         context, texts = prepare(
-            arguments.model, arguments.text, arguments.work, arguments.sequences, arguments.evaluation
+            arguments.model, arguments.text, arguments.work, arguments.sequences, arguments.evaluation, "normal"
         )
         records = curve_stage.load_records(context)
         quick = replace(context, options=replace(context.options, solver="nearest", propagate=False))
