@@ -1,11 +1,11 @@
 """Is a measured allocation worth it? KL of allocated plans against uniform integer plans of exactly the same bytes.
 
 Same model, text, statistics, solver and run for both sides, and integers on both (what trellises add is measured
-elsewhere); embedding, head, scales and headers are in the bytes.
-Two questions are asked. At 3, 4 and 5 bits per weight overall, what does the best uniform plan within that budget lose,
-and what an allocated one? And, with --bits, at the very sizes of uniform plans of so many bits, where those are at their
-best? In both, several uniform plans are tried and the one with the least KL is the one to beat; the others are reported
-too. Results are kept in the work folder as they come, so an interrupted benchmark continues.
+elsewhere); embedding, head, scales and headers are in the bytes. Two questions are asked. At 3, 4 and 5 bits per weight
+overall, what does the best uniform plan within that budget lose, and what an allocated one? And, with --bits, at the
+very sizes of uniform plans of so many bits, where those are at their best? In both, several uniform plans are tried and
+the one with the least KL is the one to beat; the others are reported too. Results are kept in the work folder as they
+come, so an interrupted benchmark continues.
 
     python benchmarks/allocation.py --model MODEL_FOLDER --text TEXT [--bits 3,4,5] [--out RESULT.json]
 """
