@@ -20,6 +20,7 @@ from tersor.codecs.rotated import Rotated
 from tersor.codecs.rows import RowStretches
 from tersor.codecs.semi_structured import SemiStructured
 from tersor.codecs.sign_magnitude import BitStack
+from tersor.codecs.signed import SignedInteger
 from tersor.codecs.small_float import SmallFloat
 from tersor.codecs.sparse import Sparse
 from tersor.codecs.ternary import Ternary
@@ -49,6 +50,7 @@ __all__ = [
     "Rotated",
     "RowStretches",
     "SemiStructured",
+    "SignedInteger",
     "SmallFloat",
     "Sparse",
     "Ternary",

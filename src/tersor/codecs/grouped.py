@@ -63,13 +63,13 @@ class GroupedScalar(LeafCodec):
             spread = importance.reshape(1, groups, -1).expand(rows, -1, -1).reshape(rows * groups, -1)
         fitted = self.fit(weight.reshape(rows * groups, -1), spread)
         side = {name: value.reshape(rows, groups) for name, value in fitted.items()}
-        return {**side, **storable(side["scale"], self.scales)}
+        return {**side, **self.storable(side["scale"])}
 
     def prepare_segment(self, side: Side, weight: Tensor, start: int, importance: Tensor | None = None) -> Side:
         at = start // weight.shape[1]
         spread = torch.ones(1, weight.shape[1]) if importance is None else importance[None, :]
         fitted = self.fit(weight, spread)
-        kept = storable(fitted["scale"][:, None], self.scales, side.get("super"))
+        kept = self.storable(fitted["scale"][:, None], side.get("super"))
         fresh = {name: tensor.clone() for name, tensor in side.items() if name != "super"}
         for name, tensor in fresh.items():
             tensor[:, at] = kept["scale"][:, 0] if name == "scale" else fitted[name]
@@ -111,10 +111,17 @@ class GroupedScalar(LeafCodec):
             normal[:, g:, g] = row
         right = ((weight @ gram).reshape(rows, groups, width) * blocks).sum(2)
         wanted = least_squares(normal, right)
-        usable = torch.isfinite(wanted) & (wanted > 0)
-        stored = storable(torch.where(usable, wanted, side["scale"]), self.scales)
+        stored = self.storable(torch.where(self.usable(wanted), wanted, side["scale"]))
         better = quadratic(normal, right, stored["scale"]) < quadratic(normal, right, side["scale"])
         return {name: torch.where(better[:, None], stored.get(name, old), old) for name, old in side.items()}
+
+    def storable(self, scale: Tensor, top: Tensor | None = None) -> dict[str, Tensor]:
+        """The nearest scales that can be stored; see :func:`tersor.codecs.scales.storable`."""
+        return storable(scale, self.scales, top)
+
+    def usable(self, scale: Tensor) -> Tensor:
+        """Which numbers can be scales at all."""
+        return torch.isfinite(scale) & (scale > 0)
 
     def to_stored(self, codes: Tensor) -> Tensor:
         """Positions in the sorted list to the codes in the file; the same unless a codec says otherwise."""
