@@ -19,7 +19,7 @@ DEVELOPER := $(VENV)/.installed-for-development
 comma := ,
 SLOW := note: no C++ compiler was found; everything works, but encoding takes about three times as long
 
-.PHONY: demo test lint bench bench-leaves bench-limit bench-allocation bench-sensitivity bench-memory bench-resume bench-peers clean
+.PHONY: demo test lint bench bench-leaves bench-limit bench-allocation bench-sensitivity bench-memory bench-resume bench-peers bench-engines clean
 .DELETE_ON_ERROR:
 
 demo: $(USER)
@@ -74,6 +74,15 @@ bench-sensitivity: out/reference
 bench-peers: out/reference
 	@test -f $(TEXT) || { echo "name a text to measure on: make bench-peers TEXT=/path/to/text.txt" >&2; exit 1; }
 	$(BIN)/python benchmarks/peers.py --model out/reference --text $(TEXT)
+
+# GGUF files against llama.cpp's own of the same size, run by llama.cpp, on the reference model and on a wider one.
+out/reference-wide: $(USER)
+	$(BIN)/python benchmarks/reference_model.py $@ --wide
+
+bench-engines: out/reference out/reference-wide
+	@test -f $(TEXT) || { echo "name a text to measure on: make bench-engines TEXT=/path/to/text.txt" >&2; exit 1; }
+	$(INSTALL) --editable '.[gguf]' xllamacpp
+	$(BIN)/python benchmarks/engines.py --model out/reference --wide out/reference-wide --text $(TEXT)
 
 clean:
 	rm -rf $(VENV) build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

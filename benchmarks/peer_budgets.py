@@ -77,9 +77,7 @@ class Judge:
     def __call__(self, load: Load) -> Quality:
         """``load``: weights by the reference's parameter names, as :class:`BlockStream` asks for them."""
         context = self.context
-        if not self.states:
-            self.states.append(self._final())
-        reference = Remembered(self._stream(self.original), self.ids, self.states[0])
+        reference = self.reference()
         compressed = self._stream(load)
         try:
             return measure_quality(
@@ -94,6 +92,12 @@ class Judge:
         finally:
             reference.close()
             compressed.close()
+
+    def reference(self) -> Remembered:
+        """The reference model, run when it is first asked for."""
+        if not self.states:
+            self.states.append(self._final())
+        return Remembered(self._stream(self.original), self.ids, self.states[0])
 
     def _stream(self, load: Load) -> BlockStream:
         return BlockStream(self.context.model, self.context.anatomy, load, dtype=torch.float32)
@@ -218,10 +222,21 @@ class Compressor:
         return replace(plan, budget=plan.file_bytes)
 
 
-def prepare(model: Path, text: Path, work: Path, *, sequences: int, length: int, workers: int) -> Compressor:
-    """Sensitivities and rate–distortion curves on the calibration text, kept in ``work``: taken once."""
+def prepare(
+    model: Path, text: Path, work: Path, *, sequences: int, length: int, workers: int, **more: Any
+) -> Compressor:
+    """Sensitivities and rate–distortion curves on the calibration text, kept in ``work``: taken once.
+
+    ``more``: other options, where they are not the defaults.
+    """
     options = Options(
-        Budget("bpw", 4.0), text=str(text), eval_text=str(text), sequences=sequences, length=length, workers=workers
+        Budget("bpw", 4.0),
+        text=str(text),
+        eval_text=str(text),
+        sequences=sequences,
+        length=length,
+        workers=workers,
+        **more,
     )
     context = replace(pipeline.light_context(model, options, progress=_say), work=Work(work / "run"))
     context.work.begin({"model": context.source.fingerprint(), "options": options.identity()})

@@ -134,6 +134,7 @@ class Bench:
         self.given = given
         self.work: Path = given.work
         self.work.mkdir(parents=True, exist_ok=True)
+        self.tools: Path = given.tools
         self.calibration, ids = split_text(given)
         self.evaluation = ids
         key = f"{given.sequences}x{given.length}|{self.calibration.read_text()}"
@@ -148,9 +149,9 @@ class Bench:
         folder = self.work / "jobs" / name
         if (folder / "result.json").exists():
             return folder
-        python = installed(job.peer, self.work)
+        python = installed(job.peer, self.tools)
         if job.peer == "llama.cpp":
-            settings |= {"home": str(llama_cpp(self.work)), "version": LLAMA_CPP}
+            settings |= {"home": str(llama_cpp(self.tools).resolve()), "version": LLAMA_CPP}
         folder.mkdir(parents=True, exist_ok=True)
         script = HERE / "peers" / PEERS[job.peer].script
         command = [str(python), str(script), "--model", str(self.given.model.resolve())]
@@ -322,6 +323,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--keep", action="store_true", help="leave the dequantized weights, half a gigabyte each")
     parser.add_argument("--work", type=Path, default=Path("out/peers"))
+    parser.add_argument("--tools", type=Path, default=Path("out/peers"), help="where the peers are installed")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/peers.json"))
     with pipeline.one_thread_each():
         run(parser.parse_args())
