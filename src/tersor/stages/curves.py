@@ -274,13 +274,17 @@ def candidate_notes(context: Context) -> tuple[str, ...]:
         )
     given = parsed(context.options.candidates or ())
     notes += rule_notes(context.options, context.anatomy, given)
+    refused: dict[tuple[str, ...], list[str]] = {}
     for text, codec in given.items():
-        refused = [layer for layer in layers if not usable({text: codec}, layer)]
-        if refused:
-            notes.append(
-                f"{text} cannot take {len(refused)} of {len(layers)} layers (first {refused[0].name}, with "
-                f"{refused[0].shape[1]} inputs); the other candidates were used there."
-            )
+        names = tuple(layer.name for layer in layers if not usable({text: codec}, layer))
+        if names:
+            refused.setdefault(names, []).append(text)
+    widths = {layer.name: layer.shape[1] for layer in layers}
+    notes += [
+        f"{', '.join(texts)} cannot take {len(names)} of {len(layers)} layers (first {names[0]}, with "
+        f"{widths[names[0]]} inputs); the other candidates were used there."
+        for names, texts in refused.items()
+    ]
     return tuple(notes)
 
 
