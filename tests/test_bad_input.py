@@ -211,6 +211,11 @@ def test_options_that_cannot_be(refused: Callable[..., str], options: tuple[str,
     assert fragment in refused(*options)
 
 
+def test_a_stream_cannot_serve_a_budget_of_memory(refused: Callable[..., str]) -> None:
+    said = refused("--candidates", "int4:g32,rot(ectcq5)", budget=("--memory", "50%"))
+    assert "rot(ectcq5) is small in files only, as it runs decoded: give --size instead of --memory" in said
+
+
 def test_a_codec_that_cannot_take_a_layer_gives_way_to_the_next_and_it_is_said(
     compress: Callable[..., Outcome], tmp_path: Path
 ) -> None:

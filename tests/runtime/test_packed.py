@@ -228,6 +228,48 @@ def test_adopted_modules_keep_their_own_forward(plain: nn.Module) -> None:
     assert torch.equal(again(x), plain(x))
 
 
+class Stream(Codec):
+    """All bytes of a layer in one part; counts how often it was decoded."""
+
+    def __init__(self) -> None:
+        self.decoded = 0
+
+    def __str__(self) -> str:
+        return "stream"
+
+    def parts(self, shape: Shape) -> tuple[Part, ...]:
+        return (Part("stream", torch.int8, (shape[0] * shape[1],), shared=True),)
+
+    def decode(self, tensors: Mapping[str, Tensor], shape: Shape) -> Tensor:
+        self.decoded += 1
+        return tensors["stream"].reshape(shape).float()
+
+    def decode_rows(self, tensors: Mapping[str, Tensor], shape: Shape, rows: slice | Tensor) -> Tensor:
+        return self.decode(tensors, shape)[rows]
+
+
+def test_a_stream_is_decoded_once_for_all_that_follows(small_tiles: None) -> None:
+    codec = Stream()
+    plain = nn.Linear(8, 40)
+    packed = copy.deepcopy(plain)
+    adopt(packed, codec)
+    assert isinstance(packed, PackedLinear)
+    x = torch.randn(3, 8)
+    for seed in (0, 1):  # what is loaded later counts
+        packed.part("stream").random_(-9, 9, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            plain.weight.copy_(packed.part("stream").reshape(40, 8))
+        for _ in range(2):
+            assert torch.equal(packed(x), plain(x))
+        assert codec.decoded == seed + 1
+    assert set(packed.state_dict()) == {"stream", "bias"}
+    half = packed.to(torch.bfloat16)
+    assert half(x.bfloat16()).dtype == torch.bfloat16
+    assert codec.decoded == 3
+    half.release()
+    assert half.weight.equal(plain.weight.bfloat16())
+
+
 def test_what_cannot_be_packed_is_refused_and_left_alone() -> None:
     rewriting = nn.Embedding(20, 8, max_norm=1.0)
     with pytest.raises(UnknownArchitecture, match="max_norm"):

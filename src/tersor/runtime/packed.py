@@ -2,6 +2,7 @@
 
 The stored tensors ("parts") are buffers under their own names and keep their dtype whatever the model is cast to.
 At most ``TILE_BYTES`` of float32 weight exist at a time, so a packed model needs little more memory than its file.
+A weight that is one stream is decoded when it is first used and kept in the module's dtype: it is small on disk only.
 
 An ordinary module is turned into a packed one in place (:func:`adopt`), so that its other attributes, its bias and
 what a subclass adds in its own ``forward`` (a scaled embedding, say) stay as they are.
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tersor.codecs.inner import streamed
 from tersor.contracts import Codec, Shape
 from tersor.errors import BadInput, UnknownArchitecture
 
@@ -35,6 +37,7 @@ class Packed(nn.Module):
     codec: Codec
     stored_shape: Shape
     part_names: tuple[str, ...]
+    streamed: bool
     dtype: torch.dtype
     plain: ClassVar[type[nn.Module]] = nn.Module
     bias: nn.Parameter | None
@@ -44,6 +47,8 @@ class Packed(nn.Module):
         parts = codec.parts(shape)
         self.codec, self.stored_shape, self.dtype = codec, shape, dtype
         self.part_names = tuple(part.name for part in parts)
+        self.streamed = streamed(codec, shape)
+        self._whole: tuple[object, Tensor] | None = None
         for part in parts:
             # Not register_buffer: it refuses a part called "weight", which is also a property here.
             self._buffers[part.name] = torch.empty(part.shape, dtype=part.dtype, device=device)
@@ -69,8 +74,15 @@ class Packed(nn.Module):
 
     @torch.no_grad()
     def decode(self, rows: slice | Tensor) -> Tensor:
-        """The chosen rows of the weight, ``(n, in)`` float32."""
+        """The chosen rows of the weight, ``(n, in)`` float32; of a stream as the module's dtype has them."""
         tensors = {name: self.part(name) for name in self.part_names}
+        if self.streamed:
+            # Loading fills parts in place, and moving a module replaces them.
+            state = [(part.data_ptr(), 0 if part.is_inference() else part._version) for part in tensors.values()]
+            if self._whole is None or self._whole[0] != (self.dtype, state):
+                whole = self.codec.decode(tensors, self.stored_shape).to(self.dtype)
+                self._whole = (self.dtype, state), whole
+            return self._whole[1][rows].float()
         return self.codec.decode_rows(tensors, self.stored_shape, rows)
 
     @torch.no_grad()
@@ -102,7 +114,7 @@ class Packed(nn.Module):
         weight = self.dense()
         for name in self.part_names:
             del self._buffers[name]
-        for name in ("codec", "stored_shape", "part_names", "dtype"):
+        for name in ("codec", "stored_shape", "part_names", "streamed", "_whole", "dtype"):
             delattr(self, name)
         self.__class__ = self.plain  # type: ignore[assignment]
         self.weight = nn.Parameter(weight, requires_grad=False)

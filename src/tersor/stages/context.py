@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from tersor.anatomy import Source, WeightLoader
 from tersor.codecs import parse
+from tersor.codecs.inner import streamed
 from tersor.contracts import Anatomy, Codec, Layer, Solver
 from tersor.runtime.stream import BlockStream
-from tersor.solvers import CoordinateDescent, ErrorFeedback, Nearest
+from tersor.solvers import ROW_CHUNK, CoordinateDescent, ErrorFeedback, Nearest
 from tersor.stages.options import Options
 from tersor.stages.work import Work
 
@@ -105,6 +106,13 @@ def oriented(parameter: Tensor, layer: Layer) -> Tensor:
     if layer.transposed:
         parameter = parameter.transpose(-1, -2)
     return parameter.reshape(layer.copies, *layer.shape)
+
+
+def row_pieces(codec: Codec, layer: Layer) -> list[slice]:
+    """Rows of a layer to decode at a time: all of them where it is one stream."""
+    rows = layer.stored_shape[0]
+    step = max(rows, 1) if streamed(codec, layer.stored_shape) else ROW_CHUNK
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def block_weights(context: Context, module: nn.Module, block: int) -> dict[Layer, Tensor]:

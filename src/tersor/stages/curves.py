@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from tersor.codecs import parse
+from tersor.codecs.inner import streamed
 from tersor.contracts import Codec, Gram, Layer, RatePoint
-from tersor.errors import ShapeMismatch
+from tersor.errors import BadInput, ShapeMismatch
 from tersor.parallel import in_order
 from tersor.runtime.stream import BlockStream
 from tersor.solvers import Encoder, Nearest
@@ -264,7 +265,10 @@ def layer_candidates(context: Context, layer: Layer) -> dict[str, Codec]:
 
 
 def candidate_notes(context: Context) -> tuple[str, ...]:
-    """What the user should know of candidates that were asked for and cannot take every layer."""
+    """What the user should know of candidates that were asked for and cannot take every layer.
+
+    Raises BadInput for one that what is asked for rules out.
+    """
     layers = context.anatomy.layers
     notes = []
     if context.options.candidates is None and context.options.effort == "normal" and not searches("normal"):
@@ -275,8 +279,12 @@ def candidate_notes(context: Context) -> tuple[str, ...]:
     given = parsed(context.options.candidates or ())
     notes += rule_notes(context.options, context.anatomy, given)
     refused: dict[tuple[str, ...], list[str]] = {}
+    budget = context.options.budget
     for text, codec in given.items():
-        names = tuple(layer.name for layer in layers if not usable({text: codec}, layer))
+        able = [layer for layer in layers if usable({text: codec}, layer)]
+        if budget and budget.kind == "memory" and any(streamed(codec, layer.stored_shape) for layer in able):
+            raise BadInput(f"{text} is small in files only, as it runs decoded: give --size instead of --memory.")
+        names = tuple(layer.name for layer in layers if layer not in able)
         if names:
             refused.setdefault(names, []).append(text)
     widths = {layer.name: layer.shape[1] for layer in layers}

@@ -18,8 +18,8 @@ from tersor.errors import NotFinite
 from tersor.parallel import in_order
 from tersor.recovery import BlockTuning
 from tersor.runtime.stream import BlockStream
-from tersor.solvers import ROW_CHUNK, Encoder, chunk_of
-from tersor.stages.context import Context, as_parameter, block_weights, oriented
+from tersor.solvers import Encoder, chunk_of
+from tersor.stages.context import Context, as_parameter, block_weights, oriented, row_pieces
 from tersor.stages.curves import outside_objectives
 from tersor.stages.memory import give_back
 from tersor.stages.sensitivity import advance
@@ -191,13 +191,12 @@ def _written_weight(context: Context, layer: Layer, codec: Codec, writer: Artifa
 
 def _decoded(context: Context, layer: Layer, codec: Codec, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
     """The weight ``(copies · out, in)`` that stored tensors stand for."""
-    rows = layer.stored_shape[0]
+    pieces = row_pieces(codec, layer)
 
     def work(index: int) -> Tensor:
-        here = slice(index * ROW_CHUNK, min((index + 1) * ROW_CHUNK, rows))
-        return codec.decode_rows(parts, layer.stored_shape, here).to(dtype)
+        return codec.decode_rows(parts, layer.stored_shape, pieces[index]).to(dtype)
 
-    return torch.cat(list(in_order(work, -(-rows // ROW_CHUNK), context.workers)))
+    return torch.cat(list(in_order(work, len(pieces), context.workers)))
 
 
 def _tuned(

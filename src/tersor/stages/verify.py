@@ -15,8 +15,7 @@ from tersor.errors import VerificationFailed
 from tersor.evaluation.divergence import DivergenceAccumulator, compare_logits
 from tersor.parallel import in_order
 from tersor.runtime.stream import BlockStream
-from tersor.solvers import ROW_CHUNK
-from tersor.stages.context import Context, Progress, as_parameter
+from tersor.stages.context import Context, Progress, as_parameter, row_pieces
 
 STAGE = "verify"
 HEAD_TOKENS = 256
@@ -52,12 +51,12 @@ def artifact_loader(
 
 def decoded(artifact: Artifact, layer: Layer, dtype: torch.dtype, workers: int) -> Tensor:
     """A layer's weight out of the artifact, shaped as the model's parameter is."""
-    rows = layer.stored_shape[0]
+    pieces = row_pieces(artifact.layers[layer.name], layer)
 
     def work(index: int) -> Tensor:
-        return artifact.decode(layer.name, slice(index * ROW_CHUNK, min((index + 1) * ROW_CHUNK, rows))).to(dtype)
+        return artifact.decode(layer.name, pieces[index]).to(dtype)
 
-    return as_parameter(torch.cat(list(in_order(work, -(-rows // ROW_CHUNK), workers))), layer)
+    return as_parameter(torch.cat(list(in_order(work, len(pieces), workers))), layer)
 
 
 def check_errors(context: Context, artifact: Artifact) -> None:
@@ -67,15 +66,17 @@ def check_errors(context: Context, artifact: Artifact) -> None:
     """
     for layer in context.anatomy.layers:
         source = context.weight(layer).reshape(layer.stored_shape)
-        rows = layer.stored_shape[0]
+        pieces = row_pieces(artifact.layers[layer.name], layer)
 
-        def work(index: int, layer: Layer = layer, source: Tensor = source, rows: int = rows) -> tuple[float, float]:
-            here = slice(index * ROW_CHUNK, min((index + 1) * ROW_CHUNK, rows))
+        def work(
+            index: int, layer: Layer = layer, source: Tensor = source, pieces: list[slice] = pieces
+        ) -> tuple[float, float]:
+            here = pieces[index]
             weight = source[here].float()
             error = weight - artifact.decode(layer.name, here)
             return float(error.double().square().sum()), float(weight.double().square().sum())
 
-        sums = list(in_order(work, -(-rows // ROW_CHUNK), context.workers))
+        sums = list(in_order(work, len(pieces), context.workers))
         energy = math.fsum(pair[1] for pair in sums)
         found = math.sqrt(math.fsum(pair[0] for pair in sums) / energy) if energy > 0 else 0.0
         expected = artifact.manifest.errors[layer.name]
