@@ -69,7 +69,7 @@ def test_side_files_are_what_an_artifact_needs(copied):
         ),
         (lambda d: configure(d, model_type="vit"), UnknownArchitecture, "not a decoder language model"),
         (lambda d: configure(d, hidden_size="wide"), UnknownArchitecture, "cannot use"),
-        (lambda d: configure(d, quantization_config={"quant_method": "gptq"}), BadInput, "quantized with gptq"),
+        (lambda d: configure(d, quantization_config={"quant_method": "gptq"}), CorruptArtifact, "gptq, but holds no"),
         (lambda d: configure(d, quantization_config={"quant_method": "tersor"}), BadInput, "written by tersor"),
         (lambda d: (d / "model.safetensors").write_bytes(b"12"), CorruptArtifact, "not a whole safetensors"),
         (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), BadInput, "pickle"),

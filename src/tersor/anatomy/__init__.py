@@ -7,5 +7,6 @@ from tersor.anatomy.shards import TensorInfo
 from tersor.anatomy.source import Source, open_source
 from tersor.anatomy.structure import analyse, skeleton
 from tersor.anatomy.weights import WeightLoader
+from tersor.anatomy.whole import load_whole
 
-__all__ = ["Source", "TensorInfo", "WeightLoader", "analyse", "cache_folder", "open_source", "skeleton"]
+__all__ = ["Source", "TensorInfo", "WeightLoader", "analyse", "cache_folder", "load_whole", "open_source", "skeleton"]

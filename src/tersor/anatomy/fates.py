@@ -48,7 +48,7 @@ def kept_tensors(model: nn.Module, loader: WeightLoader, found: Findings) -> Kep
 def fates(
     source: Source, loader: WeightLoader, found: Findings, kept: Kept, class_name: str
 ) -> tuple[tuple[TensorFate, ...], tuple[str, ...]]:
-    """One fate for each tensor of ``source``, in its order, and what a user should know about dropped ones."""
+    """One fate for each tensor in the files of ``source``, and what a user should know about dropped ones."""
     made: dict[str, list[str]] = {}
     for target, entry in loader.targets.items():
         for name in entry.sources:
@@ -59,27 +59,34 @@ def fates(
     for name, info in source.tensors.items():
         targets = made.get(name, [])
         if not targets:
-            result.append(_fate(info, "dropped", None, _why_dropped(name, class_name)))
+            result += _fates(info, "dropped", None, _why_dropped(name, class_name))
             continue
         canonical = [found.ties.get(target, target) for target in targets]
         duplicate = all(t in found.ties and loader.provider(c) != t for t, c in zip(targets, canonical, strict=True))
         made_of = f"split into {', '.join(canonical)}" if len(canonical) > 1 else ""
         if duplicate:
-            result.append(_fate(info, "tied", canonical[0], f"the same tensor as {canonical[0]}"))
+            result += _fates(info, "tied", canonical[0], f"the same tensor as {canonical[0]}")
         elif any(target in layers for target in canonical):
-            result.append(_fate(info, "encoded", canonical[0], made_of))
+            result += _fates(info, "encoded", canonical[0], made_of)
         else:
-            result.append(_fate(info, "kept", canonical[0], reasons[canonical[0]]))
+            result += _fates(info, "kept", canonical[0], reasons[canonical[0]])
     lost = [fate for fate in result if fate.fate == "dropped" and not _COMPUTED.search(fate.name)]
     if not lost:
         return tuple(result), ()
-    nbytes = sum(source.tensors[fate.name].nbytes for fate in lost)
+    sizes = {part.name: part.nbytes for info in source.tensors.values() for part in info.stored}
+    nbytes = sum(sizes[fate.name] for fate in lost)
     note = f"{len(lost)} tensors ({nbytes} bytes) of the source are not used by {class_name}, first {lost[0].name}"
     return tuple(result), (note,)
 
 
-def _fate(info: TensorInfo, fate: Any, target: str | None, reason: str) -> TensorFate:
-    return TensorFate(info.name, str(info.dtype).removeprefix("torch."), info.shape, fate, target, reason)
+def _fates(info: TensorInfo, fate: Any, target: str | None, reason: str) -> list[TensorFate]:
+    """The fate of a tensor; of a computed one, that of each of the tensors it is made of."""
+    if info.stored != (info,):
+        reason = "; ".join(part for part in ("dequantized", reason) if part)
+    return [
+        TensorFate(part.name, str(part.dtype).removeprefix("torch."), part.shape, fate, target, reason)
+        for part in info.stored
+    ]
 
 
 def _why_dropped(name: str, class_name: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,27 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         return self.dtype.itemsize * math.prod(self.shape)
+
+    @property
+    def stored(self) -> tuple[TensorInfo, ...]:
+        """The tensors that really lie in files for this one: itself."""
+        return (self,)
+
+
+@dataclass(frozen=True)
+class ComputedTensor(TensorInfo):
+    """A tensor that no file holds as such: ``compute`` makes it of ``parts`` each time that it is asked for.
+
+    ``file`` and ``offset``: where the first part lies. ``compute`` is handed the parts, memory-mapped, in their order.
+    """
+
+    parts: tuple[TensorInfo, ...]
+    compute: Callable[..., Tensor]
+
+    @property
+    def stored(self) -> tuple[TensorInfo, ...]:
+        """The tensors that really lie in files for this one: its parts."""
+        return self.parts
 
 
 def read_header(file: Path) -> bytes:
@@ -129,7 +150,12 @@ def list_tensors(folder: Path) -> dict[str, TensorInfo]:
 
 
 def map_tensor(info: TensorInfo) -> Tensor:
-    """The tensor, memory-mapped copy-on-write: nothing is read until it is used, and the file never changes."""
+    """The tensor, memory-mapped copy-on-write: nothing is read until it is used, and the file never changes.
+
+    A computed one is made of its parts, and only they are memory-mapped.
+    """
+    if isinstance(info, ComputedTensor):
+        return info.compute(*(map_tensor(part) for part in info.parts))
     if info.nbytes == 0:
         return torch.empty(info.shape, dtype=info.dtype)
     start = info.offset - info.offset % mmap.ALLOCATIONGRANULARITY

@@ -14,12 +14,12 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
 
-from tersor.anatomy import cache
-from tersor.anatomy.shards import TensorInfo, list_tensors, read_header, samples
+from tersor.anatomy import cache, packed
+from tersor.anatomy.shards import ComputedTensor, TensorInfo, list_tensors, read_header, samples
 from tersor.errors import BadInput, CorruptArtifact, UnknownArchitecture
 
 _SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*", "*/*.jinja")
-_NOT_SIDE = ("config.json", cache.NOTE, "tersor.json", "plan.json", "requirements.txt")
+_NOT_SIDE = ("config.json", cache.NOTE, "tersor.json", "plan.json", "requirements.txt", *packed.BESIDE)
 _HUB_FILES = ["*.safetensors", *_SIDE_FILES]
 _CONFIG_ERRORS = (
     *(ValueError, TypeError, KeyError, AttributeError, ImportError, OSError, ArithmeticError),
@@ -35,7 +35,7 @@ class Source:
 
     ``path``: folder with config.json and safetensors. ``origin``: what the user gave. ``side_files``: files of the
     folder that belong into an artifact as they are (tokenizer, generation settings, chat template, custom code,
-    licence). ``lossy_note``: why the weights are not the original ones (``"GGUF Q4_1"``), or None.
+    licence). ``lossy_note``: how the weights were rounded before (``"GPTQ 4-bit g128"``), or None.
     """
 
     path: Path
@@ -46,10 +46,23 @@ class Source:
     lossy_note: str | None = None
     trust_remote_code: bool = False
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that the weights lie in, in the order of their names."""
+        return tuple(sorted({part.file for info in self.tensors.values() for part in info.stored}))
+
+    @property
+    def computed(self) -> bool:
+        """Whether some weights are dequantized when they are asked for, so that transformers cannot load the folder."""
+        return any(isinstance(info, ComputedTensor) for info in self.tensors.values())
+
+    def plain_config(self) -> dict[str, Any]:
+        """config.json without what it says of quantization."""
+        return packed.without_settings(_read_config(self.path))
+
     def stamp(self) -> str:
         """SHA-256 (hex) over the weight files' names, sizes and times of change: moved by any edit, and by a copy."""
-        files = sorted({info.file for info in self.tensors.values()})
-        seen = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        seen = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in self.files]
         return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
 
     def fingerprint(self) -> str:
@@ -60,10 +73,11 @@ class Source:
         """
         digest = hashlib.sha256()
         parts = [(self.path / "config.json").read_bytes()]
-        files = sorted({info.file for info in self.tensors.values()})
-        for file in files:
+        if self.computed:
+            parts += [file.read_bytes() for name in packed.BESIDE if (file := self.path / name).is_file()]
+        for file in self.files:
             parts += [file.name.encode(), str(file.stat().st_size).encode(), read_header(file)]
-            parts += samples(file, whole=_READ_WHOLE // len(files))
+            parts += samples(file, whole=_READ_WHOLE // len(self.files))
         for part in parts:
             digest.update(len(part).to_bytes(8, "little") + part)
         return digest.hexdigest()
@@ -81,8 +95,10 @@ def open_source(
     Hub files go to the hub's own cache; GGUF files and model objects are written once as safetensors into
     ``cache_dir`` (default: ``$XDG_CACHE_HOME/tersor`` or ``~/.cache/tersor``) under the hash of their content.
 
-    Raises BadInput (nothing there, pickled weights, already quantized), CorruptArtifact (truncated or malformed
-    files) or UnknownArchitecture (transformers has no class for it).
+    Weights packed as GPTQ, AWQ or compressed-tensors are dequantized when they are asked for; no copy is written.
+
+    Raises BadInput (nothing there, pickled weights, quantized in a way that is not read), CorruptArtifact (truncated or
+    malformed files) or UnknownArchitecture (transformers has no class for it).
     """
     if isinstance(model, nn.Module):
         return _inspect(cache.from_module(model, cache_dir), f"{type(model).__name__} object", trust_remote_code)
@@ -107,16 +123,16 @@ def open_source(
 
 def _inspect(folder: Path, origin: str, trust_remote_code: bool, note: str | None = None) -> Source:
     """Look a local folder over, raising a clear sentence for each thing that cannot be used."""
-    tensors = list_tensors(folder)
+    stored = list_tensors(folder)
     raw = _read_config(folder)
-    _refuse_quantized(raw, folder)
+    tensors, packing = packed.unpack(raw, stored, folder)
     return Source(
         path=folder,
         origin=origin,
         config=_load_config(raw, folder, trust_remote_code),
         tensors=tensors,
         side_files=_side_files(folder),
-        lossy_note=note,
+        lossy_note=note or packing,
         trust_remote_code=trust_remote_code,
     )
 
@@ -134,17 +150,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return raw
 
 
-def _refuse_quantized(raw: Mapping[str, Any], folder: Path) -> None:
-    text = raw.get("text_config")
-    for part in (raw, text if isinstance(text, dict) else {}):
-        found = part.get("quantization_config") or part.get("compression_config")
-        if not found:
-            continue
-        method = found.get("quant_method", "an unnamed method") if isinstance(found, dict) else str(found)
-        hint = "it was written by tersor already" if method == "tersor" else "compressing it again would lose twice"
-        raise BadInput(f"{folder} is quantized with {method} ({hint}); give the original model instead.")
-
-
 def _load_config(raw: Mapping[str, Any], folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     kind, custom = raw.get("model_type"), raw.get("auto_map")
     if not kind and not custom:
@@ -160,6 +165,9 @@ def _load_config(raw: Mapping[str, Any], folder: Path, trust_remote_code: bool) 
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except _CONFIG_ERRORS as error:
         raise UnknownArchitecture(f"transformers cannot use {folder / 'config.json'}: {_first_line(error)}.") from error
+    for part in (config, config.get_text_config()):
+        if getattr(part, "quantization_config", None) is not None:
+            del part.quantization_config  # what the dequantized model is not
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not (custom and "AutoModelForCausalLM" in custom):
         raise UnknownArchitecture(f"model_type {kind!r} (in {folder / 'config.json'}) is not a decoder language model.")
     return config

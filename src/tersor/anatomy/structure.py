@@ -89,7 +89,7 @@ def analyse(source: Source, model: nn.Module) -> Anatomy:
     kept = kept_tensors(model, loader, found)
     tensors, notes = fates(source, loader, found, kept, type(model).__name__)
     if source.lossy_note:
-        notes = (f"the source is {source.lossy_note}: its weights are not the original ones", *notes)
+        notes = (f"the source is {source.lossy_note}: what it lost before is not counted", *notes)
     config: Any = model.config
     return Anatomy(
         model_type=config.model_type,

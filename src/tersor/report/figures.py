@@ -88,11 +88,14 @@ def size_parts(data: ReportData) -> tuple[SizePart, ...]:
 
 
 def _source_bytes(data: ReportData) -> dict[str, int]:
-    """Bytes in the source by target parameter; tied and dropped tensors are left out."""
+    """Bytes in the source by target parameter; tied and dropped tensors are left out.
+
+    So are dequantized ones: the source's size counts what they stand for, not what its files hold.
+    """
     found: dict[str, int] = {}
     for tensor in data.tensors:
         digits = re.search(r"\d+", tensor.dtype)
-        if tensor.target is None or tensor.fate in ("tied", "dropped"):
+        if tensor.target is None or tensor.fate in ("tied", "dropped") or tensor.reason.startswith("dequantized"):
             continue
         bits = int(digits.group()) if digits else 8
         found[tensor.target] = found.get(tensor.target, 0) + math.prod(tensor.shape) * bits // 8

@@ -10,14 +10,13 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from tersor.anatomy import Source
+from tersor.anatomy import Source, load_whole
 from tersor.artifact import (
     Artifact,
     Manifest,
@@ -87,7 +86,7 @@ def write_folder(
     """Everything beside the weights that makes the folder an artifact: configuration, tokenizer, text, manifest."""
     for path in context.source.side_files:
         shutil.copyfile(path, folder / path.name)
-    config: dict[str, Any] = json.loads((context.source.path / "config.json").read_text())
+    config = context.source.plain_config()
     # A head declared tied whose weights differ in the files is a layer of its own; the model class must know.
     config["tie_word_embeddings"] = bool(getattr(context.model.config, "tie_word_embeddings", False))
     config["quantization_config"] = quantization_config({name: str(codec) for name, codec in codecs.items()})
@@ -186,11 +185,13 @@ def samples(context: Context, folder: Path) -> list[tuple[str, str, str]]:
     before_threads = torch.get_num_threads()
     torch.set_num_threads(context.workers)
     try:
-        for path in (context.source.path, folder):
-            trust = context.source.trust_remote_code
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=context.dtype, trust_remote_code=trust).eval()
-            if path is folder:
-                model = model.dequantize()
+        for compressed in (False, True):
+            if compressed:
+                trust = context.source.trust_remote_code
+                model = AutoModelForCausalLM.from_pretrained(folder, dtype=context.dtype, trust_remote_code=trust)
+                model = model.eval().dequantize()
+            else:
+                model = load_whole(context.source, context.dtype)
             texts.append(continue_prompts(model, tokenizer, prompts, tokens=SAMPLE_TOKENS))
             del model
     finally:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from tersor.anatomy import Source, skeleton
+from tersor.anatomy import Source, load_whole, skeleton
 from tersor.errors import BadInput
 from tersor.stages.context import Progress
 from tersor.stages.options import Options
@@ -116,10 +116,8 @@ def _sampled(
     }
 
     def make() -> TokenBatch:
-        trust = source.trust_remote_code
-        model = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.bfloat16, trust_remote_code=trust).eval()
         return sample_text(
-            model,
+            load_whole(source, torch.bfloat16),
             load_tokenizer(source),
             sequences=sequences,
             length=options.length,

@@ -21,7 +21,8 @@ def check_finite(context: Context) -> None:
     if context.work.has(_DONE):
         return
     tensors = context.source.tensors
-    names = [fate.name for fate in context.anatomy.tensors if fate.fate in ("encoded", "kept")]
+    needed = {fate.name for fate in context.anatomy.tensors if fate.fate in ("encoded", "kept")}
+    names = [name for name, info in tensors.items() if any(part.name in needed for part in info.stored)]
 
     def work(index: int) -> bool:
         return is_finite(map_tensor(tensors[names[index]]))
