@@ -30,6 +30,8 @@ TEXTS = [
     "colscale(int2:g24:s8)",
     "colscale(bin:row):again2",
     "rot(cols(int4:row,sum(bin:row,lowrank2)):0.125)",
+    "klt16(int3:g32)",
+    "klt(int3:row):weights",
     "sparse2of4",
     "sparse4of8(int4:row)",
     "sparse3of16(lut2:row)",

@@ -11,6 +11,7 @@ from tersor.codecs.ectcq import EntropyCodedTrellis
 from tersor.codecs.gguf_scalar import GgufScalar
 from tersor.codecs.gguf_vector import GgufVector
 from tersor.codecs.integer import Integer
+from tersor.codecs.klt import PrincipalBasis
 from tersor.codecs.lattice import E8P
 from tersor.codecs.lookup import LookupTable
 from tersor.codecs.low_rank import CodedLowRank, LowRank
@@ -46,6 +47,7 @@ __all__ = [
     "LookupTable",
     "LowRank",
     "MicroFloat",
+    "PrincipalBasis",
     "Pyramid",
     "Rotated",
     "RowStretches",
