@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from tersor.engines.compressed_tensors.engine import ENGINE as COMPRESSED_TENSORS
 from tersor.engines.contract import Engine
 from tersor.engines.llama_cpp.engine import ENGINE as LLAMA_CPP
 from tersor.errors import BadInput
 
 NATIVE = "transformers"
 """What reads artifacts as they are, with every codec."""
-ENGINES: Mapping[str, Engine] = {engine.name: engine for engine in (LLAMA_CPP,)}
+ENGINES: Mapping[str, Engine] = {engine.name: engine for engine in (LLAMA_CPP, COMPRESSED_TENSORS)}
 
 
 def find_engine(name: str) -> Engine | None:

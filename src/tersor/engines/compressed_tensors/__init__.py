@@ -1,0 +1,1 @@
+"""Folders in the format of the library compressed-tensors, which vLLM, SGLang and transformers run."""

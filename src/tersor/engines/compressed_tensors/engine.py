@@ -1,0 +1,297 @@
+"""compressed-tensors as an engine: planning sizes, writing a folder, reading it back, running it by transformers."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from tersor.anatomy import Source, WeightLoader, skeleton
+from tersor.anatomy.shards import list_tensors, map_tensor
+from tersor.contracts import Anatomy, Codec, Layer
+from tersor.engines.compressed_tensors import rules
+from tersor.engines.compressed_tensors.files import Entry, file_bytes, stored_bytes, write_files
+from tersor.engines.compressed_tensors.forms import DENSE, FORMS, Form, form_of, text_of
+from tersor.engines.compressed_tensors.process import run
+from tersor.engines.contract import Engine, Read
+from tersor.errors import BadInput, CorruptArtifact
+
+NAME = "compressed-tensors"
+METHOD = "compressed-tensors"
+_MIXED = "mixed-precision"
+_DIGITS = 13
+"""Of the largest offset in a header, and of how many the artifact's may be shorter than the folder's."""
+
+
+def library() -> Any:
+    """The library's quantization schema. Raises BadInput when it is not installed."""
+    try:
+        return importlib.import_module("compressed_tensors.quantization")
+    except ImportError as error:
+        raise BadInput(
+            "Writing for compressed-tensors needs its library: pip install 'tersor[compressed-tensors]'."
+        ) from error
+
+
+@dataclass(frozen=True)
+class FolderTarget:
+    """A model as a folder for these engines; see :class:`~tersor.engines.contract.Target`.
+
+    ``origins``: names of the source's tensors that each parameter is made of.
+    """
+
+    source: Source
+    anatomy: Anatomy
+    origins: Mapping[str, tuple[str, ...]]
+
+    def entries(self, texts: Mapping[str, str]) -> list[tuple[Entry, str]]:
+        """All tensors of the folder, each with the layer or parameter that it is of, in the order of the model."""
+        found = []
+        for layer in self.anatomy.layers:
+            form = form_of(texts[layer.name])
+            if form is None:
+                found += [(entry, layer.name) for entry in self._plain(layer.parameter, torch.bfloat16)]
+            else:
+                spec = form.spec(layer.shape)
+                found += [(Entry(self.stem(layer) + name, *what), layer.name) for name, what in spec.items()]
+        for name, (dtype, _) in self.anatomy.kept.items():
+            found += [(entry, name) for entry in self._plain(name, dtype)]
+        return found
+
+    def _plain(self, parameter: str, dtype: torch.dtype) -> list[Entry]:
+        """A parameter as the source has it, under the source's names, in ``dtype`` if it is a float."""
+        infos = [self.source.tensors[name] for name in self.origins[parameter]]
+        return [Entry(info.name, dtype if info.dtype.is_floating_point else info.dtype, info.shape) for info in infos]
+
+    def stem(self, layer: Layer) -> str:
+        """What the names of a layer's tensors begin with."""
+        return self.origins[layer.parameter][0].removesuffix("weight")
+
+    def file_bytes(self, texts: Mapping[str, str]) -> int:
+        return file_bytes([entry for entry, _ in self.entries(texts)])
+
+    def overhead(self, dense_bytes: int) -> int:
+        """Bound of the difference of both headers, and of what padding and shapes add in a layer's costliest form."""
+        dense = dict.fromkeys((layer.name for layer in self.anatomy.layers), DENSE)
+        return self.file_bytes(dense) - dense_bytes + sum(map(self._extra, self.anatomy.layers)) + 8 * _DIGITS
+
+    def _extra(self, layer: Layer) -> int:
+        """By how much more a layer may grow than in bf16, when it is written here and not into an artifact."""
+        least = 0
+        for form in FORMS.values():
+            if form.codec.accepts(layer.stored_shape) and rules.refuses(self.anatomy, layer, form.codec, 1) is None:
+                least = max(least, self._growth(layer, form))
+        return least
+
+    def _growth(self, layer: Layer, form: Form) -> int:
+        here = [Entry(self.stem(layer) + name, *what) for name, what in form.spec(layer.shape).items()]
+        there = [Entry(f"{layer.name}.{part.name}", part.dtype, part.shape) for part in form.codec.parts(layer.shape)]
+        cost = sum(entry.nbytes + len(entry.line(10 ** (_DIGITS - 1))) + 1 for entry in here)
+        return cost - sum(entry.nbytes + len(entry.line(0)) + 1 for entry in there)
+
+    def write(self, codecs: Mapping[str, Codec], path: Path, read: Read) -> None:
+        texts = {name: str(codec) for name, codec in codecs.items()}
+        rules.check(sorted(set(texts.values())))
+        layers = {layer.name: layer for layer in self.anatomy.layers}
+        held: tuple[str, Mapping[str, Tensor]] = ("", {})
+
+        def value(entry: Entry) -> Tensor:
+            nonlocal held
+            of = owners[entry]
+            if len(self.origins[layers[of].parameter if of in layers else of]) > 1 or _turned(layers.get(of)):
+                return map_tensor(self.source.tensors[entry.name]).to(entry.dtype)
+            found = read(of)
+            if isinstance(found, Tensor):
+                return found.to(entry.dtype)
+            form = form_of(texts[of])
+            if form is None:
+                return found["weight"]
+            if held[0] != of:
+                held = (of, form.put(found, layers[of].shape))
+            return held[1][entry.name.removeprefix(self.stem(layers[of]))]
+
+        owners = dict(self.entries(texts))
+        path.mkdir()
+        try:
+            write_files(path, list(owners), value)
+            for file in self.source.side_files:
+                target = path / file.relative_to(self.source.path)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, target)
+            (path / "config.json").write_text(json.dumps(self._config(texts), indent=2) + "\n", encoding="utf-8")
+        except BaseException:
+            shutil.rmtree(path, ignore_errors=True)
+            raise
+
+    def _config(self, texts: Mapping[str, str]) -> dict[str, Any]:
+        """The model's configuration, with the library's own in it."""
+        raw: dict[str, Any] = json.loads((self.source.path / "config.json").read_text("utf-8"))
+        raw.pop("compression_config", None)
+        raw["dtype"] = "bfloat16"
+        if "torch_dtype" in raw:
+            raw["torch_dtype"] = "bfloat16"
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(raw.get("model_type", ""))
+        if not raw.get("architectures") and kind:
+            raw["architectures"] = [kind if isinstance(kind, str) else kind[0]]
+        if raw.get("tie_word_embeddings") and self.anatomy.head != self.anatomy.embedding:
+            raw["tie_word_embeddings"] = False
+        raw["quantization_config"] = quantization_config(self.anatomy, texts)
+        return raw
+
+    def stored(self, path: Path) -> StoredFolder:
+        return StoredFolder(path, self)
+
+
+def _turned(layer: Layer | None) -> bool:
+    return layer is not None and layer.kind == "conv1d"
+
+
+def quantization_config(anatomy: Anatomy, texts: Mapping[str, str]) -> dict[str, Any]:
+    """``quantization_config`` of config.json: one group a codec, its layers by exact name, all else left alone.
+
+    Made and checked by the library's own schema; only what is set is written, since older versions of it refuse fields
+    that they do not know.
+    """
+    schema = library()
+    names: dict[str, list[str]] = {}
+    for layer in anatomy.layers:
+        if form_of(texts[layer.name]) is not None:
+            names.setdefault(texts[layer.name], []).append(layer.name)
+    groups = {
+        f"group_{number}": schema.QuantizationScheme(targets=targets, format=FORMS[text].format, **FORMS[text].scheme())
+        for number, (text, targets) in enumerate(names.items())
+    }
+    formats = {FORMS[text].format for text in names}
+    plain = [layer.name for layer in anatomy.layers if layer.kind == "linear" and form_of(texts[layer.name]) is None]
+    tied = [name.removesuffix(".weight") for layer in anatomy.layers for name in layer.tied]
+    matrices = [name.removesuffix(".weight") for name, (_, shape) in anatomy.kept.items() if len(shape) == 2]
+    config = schema.QuantizationConfig(
+        config_groups=groups,
+        quant_method=METHOD,
+        format=formats.pop() if len(formats) == 1 else _MIXED if formats else "dense",
+        quantization_status="compressed",
+        ignore=[*plain, *tied, *matrices],
+    )
+    found: dict[str, Any] = config.model_dump(mode="json", exclude_unset=True)
+    return found
+
+
+class StoredFolder:
+    """A folder read back; see :class:`~tersor.engines.contract.Stored`."""
+
+    def __init__(self, path: Path, target: FolderTarget) -> None:
+        self._target, self.nbytes = target, stored_bytes(path)
+        self._tensors = list_tensors(path)
+        self.texts = dict.fromkeys((layer.name for layer in target.anatomy.layers), DENSE)
+        for name, text in _targets(path).items():
+            if name not in self.texts:
+                raise CorruptArtifact(f"{path}: config.json names the layer {name!r}, which the model does not have.")
+            self.texts[name] = text
+        self._check(path)
+
+    def _check(self, path: Path) -> None:
+        """Every tensor must be there as the codecs say, and no other."""
+        wanted = {entry.name: entry for entry, _ in self._target.entries(self.texts)}
+        for name, entry in wanted.items():
+            info = self._tensors.get(name)
+            if info is None or (info.dtype, info.shape) != (entry.dtype, entry.shape):
+                found = "is not there" if info is None else f"is {info.dtype} {info.shape}"
+                raise CorruptArtifact(f"{path}: the tensor {name!r} must be {entry.dtype} {entry.shape} and {found}.")
+        extra = sorted(self._tensors.keys() - wanted.keys())
+        if extra:
+            raise CorruptArtifact(f"{path} holds {extra[0]!r}, which the model has no place for.")
+
+    @cached_property
+    def _loader(self) -> WeightLoader:
+        """Reads what is stored plainly as the model has it, whatever the source calls it."""
+        source = replace(self._target.source, tensors=self._tensors)
+        return WeightLoader(source, skeleton(self._target.source))
+
+    def tensors(self, layer: Layer, codec: Codec) -> dict[str, Tensor]:
+        """A layer's stored tensors, as ``codec`` declares them."""
+        form = form_of(str(codec))
+        if form is not None:
+            stem = self._target.stem(layer)
+            found = {name: map_tensor(self._tensors[stem + name]) for name in form.spec(layer.shape)}
+            return form.get(found, layer.shape)
+        weight = self._loader.load([layer.parameter])[layer.parameter]
+        weight = weight.transpose(-1, -2) if layer.transposed else weight
+        return {"weight": weight.reshape(layer.stored_shape)}
+
+    def kept(self, name: str) -> Tensor:
+        """A kept parameter's value."""
+        return self._loader.load([name])[name]
+
+
+def _targets(path: Path) -> dict[str, str]:
+    """Codec of each layer that config.json names. Raises BadInput for schemes that are not read here."""
+    try:
+        raw = json.loads((path / "config.json").read_text("utf-8"))["quantization_config"]
+        config = library().QuantizationConfig.model_validate(raw)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorruptArtifact(f"{path / 'config.json'} is no configuration of compressed-tensors: {error}") from error
+    found = {}
+    for scheme in config.config_groups.values():
+        text = text_of(scheme.model_dump(mode="json"))
+        if text is None:
+            raise BadInput(f"{path} has a scheme that tersor does not read; it reads {', '.join(FORMS)}.")
+        found.update(dict.fromkeys(scheme.targets, text))
+    return found
+
+
+def _open(source: Source, anatomy: Anatomy) -> FolderTarget:
+    library()
+    loader = WeightLoader(source, skeleton(source))
+    parameters = [*(layer.parameter for layer in anatomy.layers), *anatomy.kept]
+    origins = {name: loader.targets[loader.provider(name) or name].sources for name in parameters}
+    for layer in anatomy.layers:
+        names = origins[layer.parameter]
+        if layer.kind == "experts":
+            raise BadInput(
+                f"{layer.name} holds experts, which would stay in bf16 in compressed-tensors, and transformers loads "
+                f"no such folder; write this model for llama.cpp or transformers."
+            )
+        if layer.kind == "linear" and (len(names) > 1 or not names[0].endswith("weight")):
+            raise BadInput(
+                f"{layer.name} is made of {', '.join(names[:2])} in {source.origin}, and compressed-tensors names its "
+                f"tensors after one weight; save the model anew with transformers first."
+            )
+    return FolderTarget(source, anatomy, origins)
+
+
+def _recognises(path: Path) -> bool:
+    config = path / "config.json"
+    if not config.is_file():
+        return False
+    try:
+        found = json.loads(config.read_text("utf-8")).get("quantization_config")
+    except (ValueError, AttributeError):
+        return False
+    return isinstance(found, dict) and found.get("quant_method") == METHOD
+
+
+ENGINE = Engine(
+    name=NAME,
+    suffix="",
+    package="compressed-tensors",
+    candidates=rules.candidates,
+    check=rules.check,
+    open=_open,
+    recognises=_recognises,
+    installed=lambda: importlib.util.find_spec("compressed_tensors") is not None,
+    run=run,
+    refuses=rules.refuses,
+    together=rules.together,
+    fallback=DENSE,
+    splits=True,
+)

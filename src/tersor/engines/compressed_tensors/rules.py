@@ -1,0 +1,73 @@
+"""What engines that read compressed-tensors can and cannot do with a layer, as checks before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tersor.codecs import Integer, SignedInteger
+from tersor.codecs.grouped import GroupedScalar
+from tersor.contracts import Anatomy, Codec, Layer
+from tersor.engines.compressed_tensors.forms import DENSE, TEXTS
+from tersor.errors import BadInput
+
+_INWARD = ("o_proj", "down_proj", "out_proj", "c_proj", "dense", "dense_4h_to_h", "fc2", "wo", "w2")
+"""Last part of the name of layers that engines split along their inputs; all others are split along their outputs."""
+_WORD = 32
+
+
+def candidates(effort: str) -> tuple[str, ...]:
+    """Codecs to choose from: symmetric ones, which all three engines run with their fastest kernels."""
+    quick = tuple(f"sint4:g{group}:bf16" for group in (128, 64, 32))
+    return (
+        (*quick, "sint8:row:bf16", DENSE) if effort == "fast" else (*quick, "sint8:g128:bf16", "sint8:row:bf16", DENSE)
+    )
+
+
+def check(texts: Sequence[str]) -> None:
+    """Raise BadInput for a codec that has no form in compressed-tensors."""
+    for text in texts:
+        if text not in TEXTS:
+            raise BadInput(f"compressed-tensors cannot run {text}; for it, choose among {', '.join(TEXTS)}.")
+
+
+def together(layer: Layer) -> str | None:
+    """q, k and v are one product in these engines, gate and up another."""
+    return layer.fused if layer.kind == "linear" else None
+
+
+def refuses(anatomy: Anatomy, layer: Layer, codec: Codec, ranks: int) -> str | None:
+    """Why a layer cannot have a codec when it is split over ``ranks`` processors; None where it can."""
+    if str(codec) == DENSE:
+        return None
+    return _not_a_layer(anatomy, layer) or _badly_split(layer, codec, ranks)
+
+
+def _not_a_layer(anatomy: Anatomy, layer: Layer) -> str | None:
+    if layer.kind == "embedding":
+        return "its engines look up the rows of an embedding as they are, in bf16"
+    if layer.name == anatomy.head or layer.block is None:
+        return "its engines compute the head in bf16"
+    if layer.kind == "conv1d":
+        return "it has no form for weights that a model stores transposed"
+    return None
+
+
+def _badly_split(layer: Layer, codec: Codec, ranks: int) -> str | None:
+    rows, columns = layer.shape
+    inward = layer.name.rpartition(".")[2] in _INWARD
+    size, what = (columns, "inputs") if inward else (rows, "outputs")
+    if size % ranks:
+        return f"its {size} {what} cannot be split over {ranks} processors"
+    share = size // ranks
+    among = f"split over {ranks} processors leave {share} each" if ranks > 1 else "are its width"
+    wide, high = (share, rows) if inward else (columns, share)
+    group = codec.group if isinstance(codec, GroupedScalar) else None
+    if group is not None and wide % group:
+        return f"its {columns} inputs {among}, which groups of {group} do not divide"
+    if isinstance(codec, Integer | SignedInteger):
+        word = _WORD // codec.bits_per_code
+        if wide % word:
+            return f"its {columns} inputs {among if inward else 'are its width'}, and {word} codes make a word"
+        if isinstance(codec, Integer) and high % word:
+            return f"its {rows} outputs {'are its height' if inward else among}, and {word} zero points make a word"
+    return None

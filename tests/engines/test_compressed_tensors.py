@@ -1,0 +1,200 @@
+"""Folders for vLLM, SGLang and transformers: bits as the library packs them, loaded by transformers, rules told."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import byte_tokenizer
+import tiny_models
+import tiny_runs
+from tersor.anatomy import Source, analyse, open_source, skeleton
+from tersor.anatomy.shards import list_tensors
+from tersor.codecs import parse
+from tersor.contracts import Anatomy, Codec
+from tersor.engines.compressed_tensors.engine import ENGINE, FolderTarget
+from tersor.engines.compressed_tensors.files import Entry, file_bytes, write_files
+from tersor.engines.compressed_tensors.forms import DENSE, FORMS, text_of
+from tersor.engines.compressed_tensors.rules import refuses
+from tersor.solvers import Encoder, Nearest
+
+quantization = pytest.importorskip("compressed_tensors.quantization")
+compressors = pytest.importorskip("compressed_tensors.compressors")
+
+SETTINGS: dict[str, Any] = {**tiny_runs.SETTINGS, "eval_sequences": 2}
+WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 32}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Callable[..., Path]:
+    def make(family: str = "llama", **options: object) -> Path:
+        folder = tmp_path / f"model-{family}"
+        tiny_models.build(family, **{**WIDE, **options}).to(torch.bfloat16).save_pretrained(folder)
+        byte_tokenizer.tokenizer().save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> dict[str, Any]:
+    return {"text": tiny_runs.text(tmp_path / "text.txt"), "cache_dir": tmp_path / "cache", **SETTINGS}
+
+
+def opened(folder: Path) -> tuple[Source, Anatomy, FolderTarget]:
+    source = open_source(folder)
+    anatomy = analyse(source, skeleton(source))
+    target = ENGINE.open(source, anatomy)
+    assert isinstance(target, FolderTarget)
+    return source, anatomy, target
+
+
+def weight_of(rows: int, columns: int) -> torch.Tensor:
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows + columns)) * 0.05
+    weight[1] = 0
+    return weight
+
+
+@pytest.mark.parametrize("text", sorted(FORMS))
+@pytest.mark.parametrize("shape", [(24, 256), (20, 384)])
+class TestForms:
+    def test_the_library_reads_what_we_store(self, text: str, shape: tuple[int, int]) -> None:
+        """Its own decompressor gives our values, and its own compressor gives our bits from them."""
+        form = FORMS[text]
+        parts, values = Encoder(Nearest())(weight_of(*shape), form.codec, None)
+        stored = form.put(parts, shape)
+        assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in stored.items()} == form.spec(shape)
+        back = form.get(stored, shape)
+        assert back.keys() == parts.keys()
+        assert all(back[name].equal(tensor) for name, tensor in parts.items())
+
+        scheme = quantization.QuantizationScheme(targets=["Linear"], format=form.format, **form.scheme())
+        compressor = compressors.BaseCompressor.get_value_from_registry(form.format)
+        wide = {
+            name: tensor.float() if name == "weight_scale" and tensor.dtype == torch.bfloat16 else tensor
+            for name, tensor in stored.items()
+        }
+        plain = compressor.decompress(wide, scheme)
+        assert torch.equal(plain["weight"].float(), values)
+
+        scale = plain["weight_scale"]
+        if text.startswith("mxfp4"):
+            scale = torch.ldexp(torch.ones(scale.shape), parts["exponent"].int() - 127)
+        given = {"weight": values, "weight_scale": scale}
+        if "weight_zero_point" in plain:
+            given["weight_zero_point"] = plain["weight_zero_point"]
+        again = compressor.compress(given, scheme)
+        assert set(stored) == set(again)
+        for name in stored.keys() - {"weight_scale"}:
+            assert again[name].dtype == stored[name].dtype
+            ours, theirs = (
+                tensor.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+                for tensor in (stored[name], again[name])
+            )
+            assert torch.equal(ours, theirs), name
+
+    def test_schemes_are_told_apart(self, text: str, shape: tuple[int, int]) -> None:
+        form = FORMS[text]
+        scheme = quantization.QuantizationScheme(targets=["x"], format=form.format, **form.scheme())
+        assert text_of(scheme.model_dump(mode="json")) == text
+        read = quantization.QuantizationScheme.model_validate(scheme.model_dump(mode="json", exclude_unset=True))
+        assert text_of(read.model_dump(mode="json")) == text
+
+
+@pytest.mark.parametrize("limit", [10**9, 400, 1])
+def test_sizes_of_files_are_exact(limit: int, tmp_path: Path) -> None:
+    entries = [
+        Entry("b.weight_shape", torch.int64, (2,)),
+        Entry("a.weight", torch.int8, (3, 5)),
+        Entry("naïve.scale", torch.bfloat16, (7, 1)),
+        Entry("c", torch.float32, (11,)),
+    ]
+    values = {
+        entry.name: torch.arange(math.prod(entry.shape)).to(entry.dtype).reshape(entry.shape) for entry in entries
+    }
+    write_files(tmp_path, entries, lambda entry: values[entry.name], limit)
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) == file_bytes(entries, limit)
+    found = list_tensors(tmp_path)
+    assert {name: (info.dtype, info.shape) for name, info in found.items()} == {
+        entry.name: (entry.dtype, entry.shape) for entry in entries
+    }
+    from safetensors.torch import load_file
+
+    for path in tmp_path.glob("*.safetensors"):
+        for name, tensor in load_file(path).items():
+            assert torch.equal(tensor, values[name])
+    with pytest.raises(ValueError, match="expected"):
+        write_files(tmp_path, entries, lambda _: torch.zeros(1), limit)
+
+
+def mixed(anatomy: Anatomy, texts: list[str]) -> dict[str, Codec]:
+    """Codecs by layer: each of ``texts`` somewhere, layers that are fused alike."""
+    codecs, turn = {}, {}
+    for layer in anatomy.layers:
+        key = ENGINE.together(layer) or layer.name
+        able = [text for text in texts if refuses(anatomy, layer, parse(text), 1) is None]
+        turn.setdefault(key, able[len(turn) % len(able)] if able else DENSE)
+        codecs[layer.name] = parse(turn[key])
+    return codecs
+
+
+def written(folder: Path, output: Path, texts: list[str]) -> tuple[FolderTarget, dict[str, dict[str, torch.Tensor]]]:
+    """A folder with these codecs, rounded to nearest; what each layer stores."""
+    from tersor.anatomy import WeightLoader
+
+    source, anatomy, target = opened(folder)
+    loader = WeightLoader(source, skeleton(source))
+    codecs = mixed(anatomy, texts)
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for layer in anatomy.layers:
+        weight = loader.load([layer.parameter])[layer.parameter].float()
+        weight = (weight.transpose(-1, -2) if layer.transposed else weight).reshape(layer.stored_shape)
+        parts[layer.name] = Encoder(Nearest())(weight, codecs[layer.name], None)[0]
+
+    def read(name: str) -> Any:
+        return parts[name] if name in parts else loader.load([name])[name]
+
+    target.write(codecs, output, read)
+    assert sum(path.stat().st_size for path in output.glob("*.safetensors")) == target.file_bytes(
+        {name: str(codec) for name, codec in codecs.items()}
+    )
+    stored = target.stored(output)
+    assert stored.texts == {name: str(codec) for name, codec in codecs.items()}
+    for layer in anatomy.layers:
+        for name, tensor in stored.tensors(layer, codecs[layer.name]).items():
+            assert torch.equal(tensor, parts[layer.name][name])
+    return target, parts
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "qwen2", "gemma2"])
+def test_stock_transformers_computes_what_we_decode(family: str, model: Callable[..., Path], tmp_path: Path) -> None:
+    check_run(model(family), tmp_path / "out", ["sint4:g64:bf16", "sint8:row:bf16", "sint4:g32:bf16", "mxfp4:e2m1:g32"])
+
+
+def test_zero_points_are_read_by_the_library(model: Callable[..., Path], tmp_path: Path) -> None:
+    check_run(model(), tmp_path / "out", ["int4:g32:asym:bf16", "sint4:g64:bf16", "int4:row:asym:bf16"])
+
+
+def check_run(folder: Path, output: Path, texts: list[str]) -> None:
+    """A folder with these codecs, run by transformers, gives the logits of a plain model with our decoded weights."""
+    target, parts = written(folder, output, texts)
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    state = plain.state_dict()
+    for layer in target.anatomy.layers:
+        if layer.kind == "linear" and layer.block is not None:
+            text = target.stored(output).texts[layer.name]
+            state[layer.parameter].copy_(parse(text).decode(parts[layer.name], layer.shape))
+    ids = torch.randint(3, 100, (1, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = plain(ids).logits[0]
+    with ENGINE.run(output, 24, 1) as running:
+        found = running.logits(ids[0].tolist())
+        assert torch.equal(found, running.logits(ids[0].tolist()))
+    assert float((found - wanted).abs().max()) < 1e-4 * float(wanted.std())
