@@ -40,7 +40,7 @@ def _members(engine: Engine, anatomy: Anatomy, layer: Layer) -> list[Layer]:
 def rule_notes(options: Options, anatomy: Anatomy, codecs: Mapping[str, Codec]) -> tuple[str, ...]:
     """What rules forbid: one sentence for each reason, with the layers and candidates that it concerns.
 
-    Raises BadInput, with the first reason, when the rules leave no layer any of the candidates but the fallback.
+    Raises BadInput, with the reason of most layers, when the rules leave no layer any of the candidates but the fallback.
     """
     engine = find_engine(options.engine)
     if engine is None:
@@ -58,10 +58,10 @@ def rule_notes(options: Options, anatomy: Anatomy, codecs: Mapping[str, Codec]) 
                 if what not in found.setdefault(why, []):
                     found[why].append(what)
     notes = []
-    for why, names in layers.items():
+    for why, names in sorted(layers.items(), key=lambda item: -len(item[1])):
         more = f" and {len(names) - 1} other layers" if len(names) > 1 else ""
         kept = f"anything but {engine.fallback}" if set(texts[why]) | {engine.fallback} >= set(codecs) else ""
         notes.append(f"{engine.name} cannot run {names[0]}{more} in {kept or ', '.join(texts[why])}: {why}.")
     if not possible and notes:
-        raise BadInput(f"{notes[-1]} No candidate is left for any layer; choose others with --candidates.")
+        raise BadInput(f"{notes[0]} No candidate is left for any layer; choose others with --candidates.")
     return tuple(notes)
