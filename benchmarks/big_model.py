@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import random
-import resource
 import shutil
 import subprocess
 import sys
@@ -97,8 +96,13 @@ def make_text(path: Path) -> None:
 
 
 def watched(command: list[str], log: Path) -> dict[str, Any]:
-    """Run a command; its output, its peak of resident memory, and samples (seconds, anonymous, file-backed bytes)."""
+    """Run a command; its output, its peak of resident memory, and samples (seconds, anonymous, file-backed bytes).
+
+    The peak is the one that Linux keeps since the program began: what is told of finished children counts this process's
+    own memory too, of which they are copies for a moment.
+    """
     samples: list[tuple[float, int, int]] = []
+    peak = 0
     began = time.perf_counter()
     with log.open("w") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
@@ -106,11 +110,11 @@ def watched(command: list[str], log: Path) -> dict[str, Any]:
             status = _status(process.pid)
             if status:
                 samples.append((time.perf_counter() - began, status["RssAnon"], status["RssFile"]))
+                peak = max(peak, status["VmHWM"]) if len(samples) > 1 else 0
             time.sleep(0.1)
         output = process.stdout.read() if process.stdout else ""
     if process.returncode != 0:
         sys.exit(f"{' '.join(command)} ended with {process.returncode}:\n{log.read_text()[-2000:]}")
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     return {"output": output, "peak": peak, "samples": samples, "seconds": time.perf_counter() - began}
 
 
