@@ -98,8 +98,8 @@ def make_text(path: Path) -> None:
 def watched(command: list[str], log: Path) -> dict[str, Any]:
     """Run a command; its output, its peak of resident memory, and samples (seconds, anonymous, file-backed bytes).
 
-    The peak is the one that Linux keeps since the program began: what is told of finished children counts this process's
-    own memory too, of which they are copies for a moment.
+    The peak is the one that Linux keeps since the program began: what is told of finished children counts this
+    process's own memory too, of which they are copies for a moment.
     """
     samples: list[tuple[float, int, int]] = []
     peak = 0
