@@ -8,11 +8,12 @@ from pathlib import Path
 from tersor.engines.compressed_tensors.engine import ENGINE as COMPRESSED_TENSORS
 from tersor.engines.contract import Engine
 from tersor.engines.llama_cpp.engine import ENGINE as LLAMA_CPP
+from tersor.engines.onnx.engine import ONNX, ONNX_QDQ
 from tersor.errors import BadInput
 
 NATIVE = "transformers"
 """What reads artifacts as they are, with every codec."""
-ENGINES: Mapping[str, Engine] = {engine.name: engine for engine in (LLAMA_CPP, COMPRESSED_TENSORS)}
+ENGINES: Mapping[str, Engine] = {engine.name: engine for engine in (LLAMA_CPP, COMPRESSED_TENSORS, ONNX, ONNX_QDQ)}
 
 
 def find_engine(name: str) -> Engine | None:

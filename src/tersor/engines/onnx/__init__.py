@@ -1,0 +1,1 @@
+"""ONNX Runtime as an engine: graphs by transformers' own exporter, weights in our codes."""
