@@ -48,6 +48,7 @@ LEAVES = [
     "sint4:g64:bf16",
     "sint3:g32",
     "sint8:row:bf16",
+    "nvfp4:s9",
     "mxfp6:e3m2:g64",
     "e8p:row",
     "pvq2:n16",

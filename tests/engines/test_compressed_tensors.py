@@ -82,10 +82,12 @@ class TestForms:
         plain = compressor.decompress(wide, scheme)
         assert torch.equal(plain["weight"].float(), values)
 
-        scale = plain["weight_scale"]
+        scale = plain["weight_scale"].float()
         if text.startswith("mxfp4"):
             scale = torch.ldexp(torch.ones(scale.shape), parts["exponent"].int() - 127)
         given = {"weight": values, "weight_scale": scale}
+        if "weight_global_scale" in stored:
+            given["weight_global_scale"] = stored["weight_global_scale"]
         if "weight_zero_point" in plain:
             given["weight_zero_point"] = plain["weight_zero_point"]
         again = compressor.compress(given, scheme)
@@ -173,15 +175,15 @@ def written(folder: Path, output: Path, texts: list[str]) -> tuple[FolderTarget,
 
 @pytest.mark.parametrize("family", ["llama-tied", "qwen2", "gemma2"])
 def test_stock_transformers_computes_what_we_decode(family: str, model: Callable[..., Path], tmp_path: Path) -> None:
-    check_run(model(family), tmp_path / "out", ["sint4:g64:bf16", "sint8:row:bf16", "sint4:g32:bf16", "mxfp4:e2m1:g32"])
+    check_run(model(family), tmp_path / "out", ["sint4:g64:bf16", "sint8:row:bf16", "nvfp4:s9", "mxfp4:e2m1:g32"])
 
 
 def test_zero_points_are_read_by_the_library(model: Callable[..., Path], tmp_path: Path) -> None:
     check_run(model(), tmp_path / "out", ["int4:g32:asym:bf16", "sint4:g64:bf16", "int4:row:asym:bf16"])
 
 
-def check_run(folder: Path, output: Path, texts: list[str]) -> None:
-    """A folder with these codecs, run by transformers, gives the logits of a plain model with our decoded weights."""
+def both(folder: Path, output: Path, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of a folder with these codecs, run by transformers, and of a plain model with our decoded weights."""
     target, parts = written(folder, output, texts)
     from transformers import AutoModelForCausalLM
 
@@ -197,4 +199,16 @@ def check_run(folder: Path, output: Path, texts: list[str]) -> None:
     with ENGINE.run(output, 24, 1) as running:
         found = running.logits(ids[0].tolist())
         assert torch.equal(found, running.logits(ids[0].tolist()))
+    return found, wanted
+
+
+def check_run(folder: Path, output: Path, texts: list[str]) -> None:
+    found, wanted = both(folder, output, texts)
     assert float((found - wanted).abs().max()) < 1e-4 * float(wanted.std())
+
+
+@pytest.mark.parametrize(("text", "noise"), [("sint8:row:bf16:a8", 0.06), ("fp8:e4m3:row:bf16", 0.2)])
+def test_inputs_are_rounded_as_it_runs(text: str, noise: float, model: Callable[..., Path], tmp_path: Path) -> None:
+    """What the engine adds to the loss of weights: the more, the coarser it rounds inputs; and it does round them."""
+    found, wanted = both(model(), tmp_path / "out", [text])
+    assert 1e-3 < float((found - wanted).std() / wanted.std()) < noise

@@ -16,6 +16,7 @@ from tersor.codecs.lattice import E8P
 from tersor.codecs.lookup import LookupTable
 from tersor.codecs.low_rank import CodedLowRank, LowRank
 from tersor.codecs.microscaling import MicroFloat
+from tersor.codecs.nv_float import NvFloat
 from tersor.codecs.pyramid import Pyramid
 from tersor.codecs.rotated import Rotated
 from tersor.codecs.rows import RowStretches
@@ -47,6 +48,7 @@ __all__ = [
     "LookupTable",
     "LowRank",
     "MicroFloat",
+    "NvFloat",
     "PrincipalBasis",
     "Pyramid",
     "Rotated",

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tersor.codecs import Integer, MicroFloat, SignedInteger, SmallFloat, parse
+from tersor.codecs import Integer, MicroFloat, NvFloat, SignedInteger, SmallFloat, parse
 from tersor.codecs.packing import pack, unpack
 from tersor.contracts import Codec, Shape
 
@@ -29,7 +29,7 @@ def _texts() -> tuple[str, ...]:
     symmetric = [f"sint{bits}:{group}:bf16" for bits in (4, 8) for group in groups]
     # Zero points of 8 bits would be read by the library, but no engine's kernels take them.
     asymmetric = [f"int4:{group}:asym:bf16" for group in groups]
-    return (*symmetric, *asymmetric, "sint8:row:bf16:a8", "fp8:e4m3:row:bf16", "mxfp4:e2m1:g32", DENSE)
+    return (*symmetric, *asymmetric, "sint8:row:bf16:a8", "fp8:e4m3:row:bf16", "mxfp4:e2m1:g32", "nvfp4:s9", DENSE)
 
 
 TEXTS = _texts()
@@ -55,6 +55,12 @@ class Form:
                 "weight_packed": (torch.uint8, (rows, columns // 2)),
                 "weight_scale": (torch.uint8, (rows, columns // 32)),
             }
+        if isinstance(self.codec, NvFloat):
+            return {
+                "weight_packed": (torch.uint8, (rows, columns // 2)),
+                "weight_scale": (torch.float8_e4m3fn, (rows, columns // 16)),
+                "weight_global_scale": (torch.float32, (1,)),
+            }
         if self.format != "pack-quantized":
             kind = torch.int8 if self.format == "int-quantized" else torch.float8_e4m3fn
             return {"weight": (kind, shape), "weight_scale": (torch.bfloat16, (rows, 1))}
@@ -73,6 +79,12 @@ class Form:
         """A codec's stored tensors as the library stores them."""
         if self.format == "mxfp4-pack-quantized":
             return {"weight_packed": parts["codes"], "weight_scale": parts["exponent"]}
+        if isinstance(self.codec, NvFloat):
+            return {
+                "weight_packed": parts["codes"],
+                "weight_scale": parts["scale"].contiguous().view(torch.float8_e4m3fn),
+                "weight_global_scale": torch.tensor([2.0**self.codec.shift]),
+            }
         if self.format == "int-quantized":
             return {"weight": (parts["codes"] ^ 0x80).view(torch.int8), "weight_scale": parts["scale"]}
         if self.format == "float-quantized":
@@ -93,6 +105,8 @@ class Form:
         """The inverse of :meth:`put`."""
         if self.format == "mxfp4-pack-quantized":
             return {"codes": tensors["weight_packed"], "exponent": tensors["weight_scale"]}
+        if isinstance(self.codec, NvFloat):
+            return {"codes": tensors["weight_packed"], "scale": tensors["weight_scale"].view(torch.uint8)}
         if self.format == "int-quantized":
             return {"codes": tensors["weight"].view(torch.uint8) ^ 0x80, "scale": tensors["weight_scale"]}
         if self.format == "float-quantized":
@@ -139,6 +153,10 @@ def _plain(tensor: Tensor) -> Tensor:
 
 def _scheme(codec: Codec) -> dict[str, Any]:
     token = {"dynamic": True, "strategy": "token", "symmetric": True}
+    if isinstance(codec, NvFloat):
+        scales = {"scale_dtype": "torch.float8_e4m3fn", "zp_dtype": "torch.float8_e4m3fn"}
+        weights = {"num_bits": 4, "type": "float", "symmetric": True, "group_size": 16, "strategy": "tensor_group"}
+        return {"weights": {**weights, **scales}}
     if isinstance(codec, MicroFloat):
         scales = {"scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}
         weights = {"num_bits": 4, "type": "float", "symmetric": True, "group_size": 32, "strategy": "group", **scales}
@@ -166,6 +184,8 @@ def _essence(scheme: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _format(codec: Codec) -> str:
+    if isinstance(codec, NvFloat):
+        return "nvfp4-pack-quantized"
     if isinstance(codec, MicroFloat):
         return "mxfp4-pack-quantized"
     if isinstance(codec, SmallFloat):
