@@ -344,7 +344,7 @@ def survey_table(survey: Survey) -> None:
     """The results by bits and KL, the verdicts, and where the page is."""
     best = {(outcome.recipe, outcome.bits) for outcome in front(survey.outcomes)}
     table = Table(title=f"{survey.model}: KL from the original at equal bytes")
-    for heading in ("bits", "recipe", "bits/weight", "KL", "output error", "time", "front"):
+    for heading in ("bits", "recipe", "bits/weight", "KL", "output error", "CPU time", "front"):
         table.add_column(heading, justify="left" if heading == "recipe" else "right", overflow="fold")
     for one in sorted(survey.outcomes, key=lambda one: (one.bits, one.kl is None, one.kl or 0.0)):
         if one.status != "measured":

@@ -22,7 +22,10 @@ def recipe_page(
     own = sorted((one for one in outcomes if one.recipe == recipe.name), key=lambda one: one.bits)
     if own:
         lines += ["", "## Measured", "", *(f"- {name}: {value}" for name, value in setting.items()), ""]
-        lines += ["| bits | bits per weight | KL | output error | seconds | codecs |", "|---|---|---|---|---|---|"]
+        lines += [
+            "| bits | bits per weight | KL | output error | processor seconds | codecs |",
+            "|---|---|---|---|---|---|",
+        ]
         lines += [_row(one) for one in own]
     judged = [one for one in verdicts if one.recipe == recipe.name]
     if judged:

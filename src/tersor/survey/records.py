@@ -21,8 +21,9 @@ class Outcome:
     compared. ``recipe_settings``: JSON of codecs by shape and the solver. ``bits``: as asked; layers may take ``bits``
     and a quarter. ``nbytes``: what the block linears take, of ``weights`` weights. ``kl``, ``kl_error``: nats a token.
     ``sequences``: KL of each held-out sequence. ``output_error``: ``tr(E H Eᵀ) / tr(W H Wᵀ)``, mean over layers.
-    ``memory``: peak resident bytes of the process. ``status``: ``skipped`` when no codec of the family fits.
-    ``error``: why nothing was measured, or what went another way than asked.
+    ``seconds``: of processor time, which is the same however many recipes run side by side. ``memory``: peak resident
+    bytes of the process. ``status``: ``skipped`` when no codec of the family fits. ``error``: why nothing was measured,
+    or what went another way than asked.
     """
 
     model: str
