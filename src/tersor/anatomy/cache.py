@@ -13,10 +13,8 @@ import io
 import json
 import os
 import shutil
-import struct
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,32 +24,37 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from tersor.anatomy.packed import gguf
 from tersor.anatomy.shards import samples
-from tersor.errors import BadInput, CorruptArtifact, UnknownArchitecture
+from tersor.errors import BadInput, UnknownArchitecture
 
 NOTE = "tersor-source.json"
 """File in a cached folder that keeps what its weight files cannot say."""
 
 _VERSION = b"tersor source 1"
+_GGUF_VERSION = b"tersor source 2"
 _SHARD = "2GB"
 _TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens_map.json", "*.jinja")
-_PLAIN_GGUF = {"F32", "F16", "BF16", "F64"}
 
 
-def from_gguf(file: Path, cache_dir: Path | None) -> tuple[Path, str]:
-    """The folder with ``file`` dequantized to bfloat16, and a note that says what it was.
+def from_gguf(file: Path, cache_dir: Path | None) -> tuple[Path, str | None]:
+    """The folder with ``file`` dequantized, and a note that says what it was rounded to, if it was.
 
     Raises BadInput (a package is missing), CorruptArtifact (no whole GGUF file) or UnknownArchitecture.
     """
     size = str(file.stat().st_size).encode()
-    key = _key([_VERSION, transformers.__version__.encode(), size, *samples(file, whole=1 << 26)])
+    key = _key([_GGUF_VERSION, transformers.__version__.encode(), size, *samples(file, whole=1 << 26)])
 
     def write(folder: Path) -> None:
-        note = _gguf_note(file)
-        model = _read_gguf(file)
-        if getattr(model.config, "quantization_config", None) is not None:
-            del model.config.quantization_config
-        model.save_pretrained(folder, max_shard_size=_SHARD)
+        _check_packages(file)
+        reader = gguf.open_reader(file)
+        gguf.check_types(reader, file)
+        note = gguf.lossy_note(reader)
+        if not gguf.write_folder(reader, file, folder):
+            model = _read_gguf(file)
+            if getattr(model.config, "quantization_config", None) is not None:
+                del model.config.quantization_config
+            model.save_pretrained(folder, max_shard_size=_SHARD)
         _gguf_tokenizer(file).save_pretrained(folder)
         (folder / NOTE).write_text(json.dumps({"note": note}), "utf-8")
 
@@ -145,27 +148,12 @@ def _tokenizer_files(model: PreTrainedModel) -> list[Path]:
     return sorted({file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()})
 
 
-def _gguf_note(file: Path) -> str:
-    """What the bulk of a GGUF file's weights is stored as. Reads its header only."""
+def _check_packages(file: Path) -> None:
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise BadInput(
                 f"Reading {file.name} needs the package {package}; install it with: pip install 'tersor[gguf]'."
             )
-    from gguf import GGUFReader
-
-    with file.open("rb") as stream:
-        if stream.read(4) != b"GGUF":
-            raise CorruptArtifact(f"{file} is not a GGUF file: it does not begin with the letters GGUF.")
-    try:
-        tensors = GGUFReader(file).tensors
-    except (ValueError, IndexError, KeyError, OSError, UnicodeDecodeError, struct.error) as error:
-        raise CorruptArtifact(f"{file} is truncated or malformed ({error}); copy or download it again.") from error
-    bulk: Counter[str] = Counter()
-    for tensor in tensors:
-        bulk[tensor.tensor_type.name] += int(tensor.n_bytes)
-    kind = bulk.most_common(1)[0][0] if bulk else "without tensors"
-    return f"GGUF {kind}, rounded to bfloat16" if kind in _PLAIN_GGUF - {"BF16"} else f"GGUF {kind}"
 
 
 def _read_gguf(file: Path) -> Any:
@@ -178,7 +166,7 @@ def _read_gguf(file: Path) -> Any:
             return AutoModelForCausalLM.from_pretrained(
                 file.parent, gguf_file=file.name, dtype=torch.bfloat16, **options
             )
-    except (ValueError, KeyError, ImportError, NotImplementedError) as error:
+    except (ValueError, KeyError, ImportError, NotImplementedError, RuntimeError) as error:
         raise UnknownArchitecture(f"transformers cannot read the GGUF file {file}: {error}") from error
 
 
