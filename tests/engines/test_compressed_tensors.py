@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from tersor.engines.compressed_tensors.engine import ENGINE, FolderTarget
 from tersor.engines.compressed_tensors.files import Entry, file_bytes, write_files
 from tersor.engines.compressed_tensors.forms import DENSE, FORMS, text_of
 from tersor.engines.compressed_tensors.rules import refuses
+from tersor.errors import BadInput, CorruptArtifact
 from tersor.solvers import Encoder, Nearest
 
 quantization = pytest.importorskip("compressed_tensors.quantization")
@@ -106,6 +108,33 @@ class TestForms:
         assert text_of(scheme.model_dump(mode="json")) == text
         read = quantization.QuantizationScheme.model_validate(scheme.model_dump(mode="json", exclude_unset=True))
         assert text_of(read.model_dump(mode="json")) == text
+
+
+def test_targets_are_read_as_the_library_reads_them(model: Callable[..., Path], tmp_path: Path) -> None:
+    """Folders of other tools name classes and patterns, and the order in which they rounded columns."""
+    written(model(), tmp_path / "out", ["sint4:g64:bf16"])
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    settings = config["quantization_config"]
+    (group,) = settings["config_groups"].values()
+    group["weights"]["actorder"] = "static"
+    target = opened(tmp_path / "model-llama")[2]
+    expected = target.stored(tmp_path / "out").texts
+    for targets in (["Linear"], [r"re:.*_proj$"]):
+        group["targets"], settings["ignore"] = targets, ["lm_head"]
+        path.write_text(json.dumps(config))
+        assert target.stored(tmp_path / "out").texts == expected
+    settings["ignore"] = ["re:.*"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(CorruptArtifact, match=r"q_proj.weight' must be torch.bfloat16"):
+        target.stored(tmp_path / "out")
+    group["weights"]["num_bits"] = 3
+    path.write_text(json.dumps(config))
+    with pytest.raises(BadInput, match="a scheme that tersor does not read; it reads sint4"):
+        target.stored(tmp_path / "out")
+    path.write_text(json.dumps({**config, "quantization_config": {"quant_method": "compressed-tensors"}}))
+    with pytest.raises(CorruptArtifact, match="no configuration of compressed-tensors"):
+        target.stored(tmp_path / "out")
 
 
 @pytest.mark.parametrize("limit", [10**9, 400, 1])

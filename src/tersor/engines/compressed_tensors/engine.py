@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -192,11 +193,8 @@ class StoredFolder:
     def __init__(self, path: Path, target: FolderTarget) -> None:
         self._target, self.nbytes = target, stored_bytes(path)
         self._tensors = list_tensors(path)
-        self.texts = dict.fromkeys((layer.name for layer in target.anatomy.layers), DENSE)
-        for name, text in _targets(path).items():
-            if name not in self.texts:
-                raise CorruptArtifact(f"{path}: config.json names the layer {name!r}, which the model does not have.")
-            self.texts[name] = text
+        schemes, ignored = _settings(path)
+        self.texts = {layer.name: _text_in(layer, schemes, ignored) for layer in target.anatomy.layers}
         self._check(path)
 
     def _check(self, path: Path) -> None:
@@ -233,20 +231,35 @@ class StoredFolder:
         return self._loader.load([name])[name]
 
 
-def _targets(path: Path) -> dict[str, str]:
-    """Codec of each layer that config.json names. Raises BadInput for schemes that are not read here."""
+def _settings(path: Path) -> tuple[dict[str, str], list[str]]:
+    """Codec by target, and targets to ignore. Raises BadInput for schemes that are not read here."""
     try:
         raw = json.loads((path / "config.json").read_text("utf-8"))["quantization_config"]
         config = library().QuantizationConfig.model_validate(raw)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CorruptArtifact(f"{path / 'config.json'} is no configuration of compressed-tensors: {error}") from error
+        lines = [line.strip() for line in str(error).splitlines()]
+        why = " ".join(lines[1:3] or lines)  # the schema's errors name the place and the reason in these
+        raise CorruptArtifact(f"{path / 'config.json'} is no configuration of compressed-tensors: {why}") from error
     found = {}
     for scheme in config.config_groups.values():
         text = text_of(scheme.model_dump(mode="json"))
         if text is None:
             raise BadInput(f"{path} has a scheme that tersor does not read; it reads {', '.join(FORMS)}.")
         found.update(dict.fromkeys(scheme.targets, text))
-    return found
+    return found, list(config.ignore or ())
+
+
+def _text_in(layer: Layer, schemes: Mapping[str, str], ignored: Sequence[str]) -> str:
+    """The codec of a layer by the library's rule: a target is a name, a pattern after ``re:``, or a class."""
+
+    def match(targets: Iterable[str]) -> str | None:
+        if layer.name in targets:
+            return layer.name
+        patterns = (one for one in targets if one.startswith("re:") and re.match(one[3:], layer.name))
+        return next(patterns, "Linear" if "Linear" in targets and layer.kind == "linear" else None)
+
+    found = None if match(ignored) is not None else match(schemes)
+    return DENSE if found is None else schemes[found]
 
 
 def _open(source: Source, anatomy: Anatomy) -> FolderTarget:

@@ -175,11 +175,16 @@ def _scheme(codec: Codec) -> dict[str, Any]:
 
 def _essence(scheme: Mapping[str, Any]) -> tuple[Any, ...]:
     """What of a scheme decides how weights are stored and used; observers do not."""
-    fields = ("num_bits", "type", "symmetric", "strategy", "group_size", "dynamic", "actorder")
     found: list[Any] = []
     for part in ("weights", "input_activations"):
         values = scheme.get(part)
-        found.append(None if values is None else tuple(values.get(field) or None for field in fields))
+        if values is None:
+            found.append(None)
+            continue
+        fields = ("num_bits", "type", "symmetric", "strategy", "group_size", "dynamic")
+        # These orders of columns only decided the order of rounding; any other changes which group a column is in.
+        order = values.get("actorder") if values.get("actorder") not in ("static", "weight") else None
+        found.append((*(values.get(field) or None for field in fields), order))
     return tuple(found)
 
 
