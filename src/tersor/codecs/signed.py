@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tersor import kernels
 from tersor.codecs.grouped import GroupedScalar
 from tersor.codecs.scales import storable
 from tersor.codecs.text import Words, grouping, reads
@@ -24,11 +23,14 @@ from tersor.contracts import ScalarGrid, Side
 from tersor.errors import BadInput
 
 # Reach of the grid, as shares of the greatest magnitude, tried for every group; above 1 where the far side is short.
-_SHRINKS = {bits: torch.cat([torch.linspace(low, 1.0, below), torch.linspace(1.0, high, above)[1:]])
+_REACHES = {bits: (*torch.linspace(low, 1.0, below).tolist(), *torch.linspace(1.0, high, above)[1:].tolist())
             for bits, (low, below, high, above) in {
-    2: (0.40, 16, 2.00, 17), 3: (0.50, 19, 1.34, 11), 4: (0.60, 17, 1.14, 7), 5: (0.76, 11, 1.06, 4),
-    6: (0.85, 8, 1.03, 3), 7: (0.92, 5, 1.02, 2), 8: (0.96, 4, 1.01, 2),
+    2: (0.40, 9, 2.00, 8), 3: (0.50, 9, 1.34, 6), 4: (0.60, 9, 1.14, 4), 5: (0.76, 6, 1.06, 3),
+    6: (0.85, 5, 1.03, 2), 7: (0.92, 4, 1.02, 2), 8: (0.96, 3, 1.01, 2),
 }.items()}  # fmt: skip
+_CHUNK = 1 << 16
+"""Weights that are fitted at one time, so that what is read again stays near the processor."""
+_LEAST = 2.0**-24
 _FORM = "sint{2-8}:{g<n>|row}[:bf16][:a8]"
 
 
@@ -56,19 +58,31 @@ class SignedInteger(GroupedScalar):
         return f"sint{self.bits_per_code}:{self.suffix()}" + (":a8" if self.activations == 8 else "")
 
     def fit(self, weight: Tensor, importance: Tensor) -> dict[str, Tensor]:
-        """The best of a search over reaches and both signs."""
-        half = 2 ** (self.bits_per_code - 1)
-        table = torch.arange(-half, half, dtype=torch.float32)
-        best, chosen = None, torch.empty(0)
-        for sign in (1.0, -1.0):
-            scale = sign * kernels.fit_table(
-                sign * weight, importance, table=table, shrinks=_SHRINKS[self.bits_per_code]
-            )
-            codes = torch.round(weight / scale[:, None]).clamp_(-half, half - 1)
-            loss = (importance * (weight - codes * scale[:, None]).square()).sum(1)
-            chosen = scale if best is None else torch.where(loss < best, scale, chosen)
-            best = loss if best is None else torch.minimum(loss, best)
-        return {"scale": chosen}
+        """The best least-squares scale of the codes that a search over reaches and both signs gives."""
+        count = max(1, _CHUNK // weight.shape[1])
+        pieces = [
+            self._fit(weight[at : at + count], importance if len(importance) == 1 else importance[at : at + count])
+            for at in range(0, len(weight), count)
+        ]
+        return {"scale": torch.cat(pieces) if pieces else weight.new_empty(0)}
+
+    def _fit(self, weight: Tensor, importance: Tensor) -> Tensor:
+        half = 2.0 ** (self.bits_per_code - 1)
+        step = (weight.abs().amax(1) / half).clamp(min=_LEAST)
+        weighted = importance * weight
+        best, scale = torch.full_like(step, -1.0), step
+        for reach in _REACHES[self.bits_per_code]:
+            number = (weight / (step * reach)[:, None]).round_()
+            # With a negative scale the codes are those of the mirrored grid.
+            for sign, low, high in ((1.0, -half, half - 1), (-1.0, 1 - half, half)):
+                code = number.clamp(low, high)
+                overlap = (weighted * code).sum(1)
+                energy = (importance * code.square_()).sum(1).clamp(min=_LEAST)
+                # What the least-squares scale for these codes takes away from the weights' energy.
+                gain = overlap * overlap / energy
+                scale = torch.where(gain > best, sign * (overlap / energy), scale)
+                best = torch.maximum(gain, best)
+        return torch.where(scale.abs() < _LEAST, _LEAST, scale)
 
     def storable(self, scale: Tensor, top: Tensor | None = None) -> dict[str, Tensor]:
         sign = torch.where(scale < 0, -1.0, 1.0)
