@@ -49,7 +49,10 @@ Effort = Annotated[
     ),
 ]
 Engine = Annotated[
-    str, typer.Option("--for", help="What is to run it: transformers, llama.cpp (a GGUF file) or compressed-tensors.")
+    str,
+    typer.Option(
+        "--for", help="What is to run it: transformers, llama.cpp (a GGUF file), compressed-tensors, onnx or onnx-qdq."
+    ),
 ]
 Ranks = Annotated[
     int, typer.Option("--tensor-parallel", help="Processors that the engine named by --for splits each layer over.")

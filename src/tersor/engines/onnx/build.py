@@ -12,7 +12,7 @@ import torch
 from tersor.codecs.dense import Dense
 from tersor.contracts import Anatomy, Codec, Layer, Shape
 from tersor.engines.onnx.layout import Grid, grid_of
-from tersor.engines.onnx.operators import DOMAIN, Operators
+from tersor.engines.onnx.operators import DOMAIN, Operators, constant
 from tersor.errors import BadInput
 
 DATA = "model.onnx.data"
@@ -147,6 +147,9 @@ class _Builder:
             for part, (dtype, size) in self.operators.pieces(grid, shape).items()
         }
         values["scale"] = self.as_float(values["scale"])
+        if layer.kind == "experts":
+            self._stack(layer, value, self.operators.whole(grid, shape, values))
+            return
         for node, _ in list(value.uses()):
             if node.op_type == "Transpose":
                 for product, at in list(node.outputs[0].uses()):
@@ -160,6 +163,15 @@ class _Builder:
                 self._multiply(layer, grid, shape, values, node, at, transposed=layer.transposed)
         for node, _ in list(value.uses()):
             self.graph.remove(node, safe=True)
+
+    def _stack(self, layer: Layer, value: Any, made: list[Any]) -> None:
+        """The stacked matrices of experts, dequantized as a whole: the exporter's graph takes them apart by itself."""
+        size = constant(torch.tensor([layer.copies, *layer.shape]))
+        made += [size, self.ir.node("Reshape", [made[-1].outputs[0], size.outputs[0]])]
+        if layer.transposed:
+            made.append(self.ir.node("Transpose", [made[-1].outputs[0]], {"perm": [0, 2, 1]}))
+        self.graph.insert_before(self.first, made)
+        self.ir.convenience.replace_all_uses_with(value, made[-1].outputs[0])
 
     def _multiply(
         self, layer: Layer, grid: Grid, shape: Shape, values: Mapping[str, Any], node: Any, at: int, *, transposed: bool

@@ -79,12 +79,10 @@ def _refuses(operators: Operators) -> Callable[[Anatomy, Layer, Codec, int], str
     def why(_anatomy: Anatomy, layer: Layer, codec: Codec, _ranks: int) -> str | None:
         if isinstance(codec, Dense):
             return None
-        if layer.kind == "experts":
-            return "experts that are stacked in one tensor are multiplied as floats in ONNX"
         grid = grid_of(codec)
         if grid is None:
             return "it is no integer on an even grid"
-        return operators.refuses(grid, lookup=layer.kind == "embedding")
+        return operators.refuses(grid, lookup=layer.kind in ("embedding", "experts"))
 
     return why
 

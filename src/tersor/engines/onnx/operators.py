@@ -34,7 +34,10 @@ class Operators(Protocol):
     """Version of the standard operators that is needed at least."""
 
     def refuses(self, grid: Grid, *, lookup: bool) -> str | None:
-        """Why they cannot compute with this grid, or None. ``lookup``: rows are looked up too, as of an embedding."""
+        """Why they cannot compute with this grid, or None.
+
+        ``lookup``: not for products alone, but also for :meth:`look_up` or :meth:`whole`.
+        """
         ...
 
     def pieces(self, grid: Grid, shape: Shape) -> Pieces:
@@ -55,6 +58,10 @@ class Operators(Protocol):
 
     def look_up(self, grid: Grid, shape: Shape, values: Values, ids: Any) -> list[Any]:
         """Nodes for ``weight[ids]``; the last one's output has the rows."""
+        ...
+
+    def whole(self, grid: Grid, shape: Shape, values: Values) -> list[Any]:
+        """Nodes for ``weight`` itself, for what takes no other form; the last one's output is it."""
         ...
 
 
@@ -106,11 +113,19 @@ class NBits:
     def look_up(self, grid: Grid, shape: Shape, values: Values, ids: Any) -> list[Any]:
         import onnx_ir
 
-        rows = _constant(torch.tensor([shape[0], -1]))
+        rows = constant(torch.tensor([shape[0], -1]))
         flat = onnx_ir.node("Reshape", [values["codes"], rows.outputs[0]])
         operands = [flat.outputs[0], ids, values["scale"], *([values["zero"]] if grid.zero == "stored" else [])]
         attributes = {"bits": grid.bits, "block_size": grid.group, "gather_axis": 0, "quantize_axis": 1}
         return [rows, flat, onnx_ir.node("GatherBlockQuantized", operands, attributes, domain=DOMAIN)]
+
+    def whole(self, grid: Grid, shape: Shape, values: Values) -> list[Any]:
+        """All rows, looked up."""
+        import onnx_ir
+
+        ends = [constant(torch.tensor(number)) for number in (0, shape[0], 1)]
+        every = onnx_ir.node("Range", [end.outputs[0] for end in ends])
+        return [*ends, every, *self.look_up(grid, shape, values, every.outputs[0])]
 
 
 class Qdq:
@@ -142,10 +157,22 @@ class Qdq:
     def multiply(self, grid: Grid, shape: Shape, values: Values, inputs: Any) -> list[Any]:
         import onnx_ir
 
-        zero = self._zero(grid, shape, values)
+        made = self._weight(grid, shape, values)
+        return [*made, onnx_ir.node("MatMul", [inputs, made[-1].outputs[0]])]
+
+    def whole(self, grid: Grid, shape: Shape, values: Values) -> list[Any]:
+        import onnx_ir
+
+        made = self._weight(grid, shape, values)
+        return [*made, onnx_ir.node("Transpose", [made[-1].outputs[0]], {"perm": [1, 0]})]
+
+    def _weight(self, grid: Grid, shape: Shape, values: Values) -> list[Any]:
+        """Nodes for the weight as it lies, ``(in, out)``."""
+        import onnx_ir
+
+        *made, zero = self._zero(grid, shape, values)
         how = {"axis": 1} if grid.group is None else {"axis": 0, "block_size": grid.group}
-        weight = onnx_ir.node("DequantizeLinear", [values["codes"], values["scale"], zero[-1]], how)
-        return [*zero[:-1], weight, onnx_ir.node("MatMul", [inputs, weight.outputs[0]])]
+        return [*made, onnx_ir.node("DequantizeLinear", [values["codes"], values["scale"], zero], how)]
 
     def look_up(self, grid: Grid, shape: Shape, values: Values, ids: Any) -> list[Any]:
         """Columns ``(in, …)`` of codes, and of their scales and zeros, dequantized and turned to ``(…, in)``."""
@@ -175,7 +202,7 @@ class Qdq:
         return [*nodes, nodes[-1].outputs[0]]
 
 
-def _constant(value: Tensor) -> Any:
+def constant(value: Tensor) -> Any:
     import onnx_ir
 
     return onnx_ir.node("Constant", [], {"value": onnx_ir.tensor(value.numpy())})
@@ -185,6 +212,6 @@ def _filled(shape: tuple[int, ...], value: float, dtype: torch.dtype) -> list[An
     """Nodes for a tensor that is ``value`` everywhere."""
     import onnx_ir
 
-    size = _constant(torch.tensor(shape))
+    size = constant(torch.tensor(shape))
     fill = onnx_ir.tensor(torch.tensor([value], dtype=dtype).numpy())
     return [size, onnx_ir.node("ConstantOfShape", [size.outputs[0]], {"value": fill})]
