@@ -34,7 +34,7 @@ def decode(
     """The float32 weight ``(rows, columns)``. ``recurse``: the same for any codec."""
     size, inner = _taken_apart(text, columns)
     turned = recurse(inner, {n[2:]: array for n, array in arrays.items() if n.startswith("k_")}, rows, columns)
-    weight = turned.reshape(rows, columns // size, size).copy()
+    weight: Array = turned.reshape(rows, columns // size, size).copy()
     number = arrays["angles"].astype(np.float64)
     whole = number * number + 16384
     cosine = ((16384 - number * number) / whole).astype(np.float32)
@@ -49,7 +49,8 @@ def decode(
         weight[:, :, low:high:2] = near * c - far * s
         weight[:, :, low + 1 : high : 2] = far * c + near * s
         last = first
-    return weight.reshape(rows, columns)
+    whole_rows: Array = weight.reshape(rows, columns)
+    return whole_rows
 
 
 def _taken_apart(text: str, columns: int) -> tuple[int, str]:

@@ -2,9 +2,9 @@
 
 The Karhunen-Loève transform, as transform coding has it (Huang and Schultheiss, 1963): inputs become uncorrelated, so
 that a codec which rounds each weight by itself, at a step of each column's own, needs up to
-``½ log2(Π H_jj / det H) / in`` bits a weight less. Error feedback has that gain already, in every basis; even steps lose
-by it, for they want columns alike, which is what ``rot`` is for. What a basis can do for feedback is to separate the
-weights' own large directions from the small ones: ``:weights`` takes it from the weights' second moment over rows.
+``½ log2(Π H_jj / det H) / in`` bits a weight less. Error feedback has that gain already, in every basis, and even steps
+lose by it, for they want columns alike, which is what ``rot`` is for. What a basis can do for feedback is to separate
+large directions of the weights from small ones: ``:weights`` takes it from the weights' second moment over rows.
 
 A basis takes ``N (N − 1) / 2`` bytes for each ``N`` columns: see :mod:`tersor.kernels.givens`.
 
