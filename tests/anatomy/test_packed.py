@@ -79,6 +79,21 @@ def test_a_zero_point_of_nought_that_borrowed_from_its_neighbour(gptq):
     assert torch.equal(WeightLoader(source, skeleton(source)).load([f"{Q}.weight"])[f"{Q}.weight"], expected)
 
 
+@pytest.mark.parametrize(
+    ("form", "v2", "index"),
+    [("auto_round:auto_gptq", False, False), ("auto_round", True, False), ("auto_round:gptqmodel", True, True)],
+)
+def test_autoround_in_the_layouts_of_gptq(gptq, form, v2, index):
+    made = gptq(4, v2=v2, index=index)
+    made.configure(quant_method="auto-round", packing_format=form, checkpoint_format=..., data_type="int")
+    assert check_values(made).lossy_note == "AutoRound 4-bit g16"
+
+
+def test_autoround_in_the_layout_of_awq(awq):
+    made = awq(quant_method="auto-round", packing_format="auto_round:auto_awq")
+    assert check_values(made).lossy_note == "AutoRound 4-bit g16"
+
+
 def test_gptq_with_exceptions_for_some_modules(gptq):
     made = gptq(4, 16, dynamic={"+:.*q_proj.*": {"bits": 8, "group_size": 32}})
     weight = load_file(made.folder / "model.safetensors")["model.embed_tokens.weight"][:32]
@@ -210,6 +225,9 @@ def test_groups_that_do_not_cover_the_inputs(gptq):
         ({"quant_method": "bitsandbytes"}, r"bitsandbytes.*dequantize\(\)\.save_pretrained"),
         ({"quant_method": "hqq"}, "quantized with hqq, which is not read"),
         ({"quant_method": ...}, "unnamed method"),
+        ({"quant_method": "auto-round", "packing_format": "auto_round:fp8_static"}, "'auto_round:fp8_static'"),
+        ({"quant_method": "auto-round", "data_type": "mx_fp"}, "numbers 'mx_fp'"),
+        ({"quant_method": "auto-round", "spinquant_config": {"r1": True}}, r"rotates .* \(spinquant_config\)"),
         ({"quant_method": "awq", "version": "gemv_fast"}, "version 'gemv_fast'"),
         ({"quant_method": "awq", "bits": 8}, "8 bits; only 4"),
         ({"quant_method": "awq", "group_size": "many"}, "group_size 'many'"),

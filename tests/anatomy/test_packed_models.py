@@ -15,7 +15,7 @@ import tiny_runs
 from tersor.anatomy import analyse, load_whole, open_source, skeleton
 from tersor.anatomy.packed import module as shared
 from tersor.anatomy.shards import ComputedTensor, map_tensor
-from tersor.errors import CorruptArtifact, NotFinite, ShapeMismatch, TersorError
+from tersor.errors import CannotResume, CorruptArtifact, NotFinite, ShapeMismatch, TersorError
 from tersor.report.data import LayerReport, ReportData
 from tersor.report.figures import size_bars, size_parts
 
@@ -168,3 +168,28 @@ def test_the_report_does_not_take_packed_bytes_for_the_sources(gptq, tmp_path):
         tensors=anatomy.tensors,
     )
     assert [label for label, _, _ in size_bars(data, size_parts(data))] == ["Compressed"]
+
+
+def test_an_interrupted_run_goes_on_and_notices_another_source(gptq, tmp_path):
+    made = gptq()
+    settings = {
+        **tiny_runs.SETTINGS,
+        "size": "60%",
+        "text": tiny_runs.text(tmp_path / "w.txt"),
+        "cache_dir": tmp_path / "c",
+    }
+    tersor.compress(made.folder, tmp_path / "whole", **settings)
+
+    def stop(stage, done, total):
+        if stage == "encode" and done == 1:
+            raise KeyboardInterrupt
+
+    for folder in ("out", "other"):
+        with pytest.raises(KeyboardInterrupt):
+            tersor.compress(made.folder, tmp_path / folder, progress=stop, **settings)
+    assert tersor.compress(made.folder, tmp_path / "out", **settings).resumed
+    whole, resumed = (tmp_path / folder / "model.safetensors" for folder in ("whole", "out"))
+    assert whole.read_bytes() == resumed.read_bytes()
+    made.change(put("scales", lambda t: t * 1.5))
+    with pytest.raises(CannotResume):
+        tersor.compress(made.folder, tmp_path / "other", **settings)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tersor.anatomy.packed import awq, compressed, gptq
+from tersor.anatomy.packed import autoround, awq, compressed, gptq
 from tersor.anatomy.packed.module import Packed
 from tersor.anatomy.shards import TensorInfo
 from tersor.errors import BadInput, CorruptArtifact
@@ -24,6 +24,7 @@ Reader = Callable[[Settings, Mapping[str, TensorInfo]], "dict[str, Packed]"]
 _READERS: dict[str, tuple[str, Reader]] = {
     "gptq": ("GPTQ", gptq.read),
     "awq": ("AWQ", awq.read),
+    "auto-round": ("AutoRound", autoround.read),
     "compressed-tensors": ("compressed-tensors", compressed.read),
     "fp8": ("FP8", compressed.read_blocks),
 }
