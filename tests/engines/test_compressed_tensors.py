@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,37 @@ def test_sizes_of_files_are_exact(limit: int, tmp_path: Path) -> None:
             assert torch.equal(tensor, values[name])
     with pytest.raises(ValueError, match="expected"):
         write_files(tmp_path, entries, lambda _: torch.zeros(1), limit)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "text", "ranks", "why"),
+    [
+        ("q_proj", (60, 128), "sint4:g64:bf16", 8, "its 60 outputs cannot be split over 8 processors"),
+        ("o_proj", (60, 132), "sint8:row:bf16", 8, "its 132 inputs cannot be split over 8 processors"),
+        (
+            "o_proj",
+            (60, 256),
+            "sint4:g128:bf16",
+            4,
+            "its 256 inputs split over 4 processors leave 64 each, which groups",
+        ),
+        ("q_proj", (60, 192), "sint4:g128:bf16", 4, "groups of 128 do not divide its 192 inputs"),
+        ("q_proj", (60, 132), "sint4:row:bf16", 1, "words of 8 codes do not divide its 132 inputs"),
+        ("o_proj", (60, 144), "sint4:row:bf16", 4, "its 144 inputs split over 4 processors leave 36 each, which words"),
+        ("q_proj", (60, 128), "int4:g64:asym:bf16", 1, "words of 8 zero points do not divide its 60 outputs"),
+        ("q_proj", (144, 128), "int4:g64:asym:bf16", 4, "its 144 outputs split over 4 processors leave 36 each"),
+    ],
+)
+def test_every_rule_has_its_sentence(
+    name: str, shape: tuple[int, int], text: str, ranks: int, why: str, model: Callable[..., Path]
+) -> None:
+    _, anatomy, _ = opened(model())
+    layer = replace(next(one for one in anatomy.layers if one.name.endswith(name)), shape=shape)
+    said = refuses(anatomy, layer, parse(text), ranks)
+    assert said is not None
+    assert said.startswith(why)
+    able = replace(layer, shape=(256, 1024))
+    assert refuses(anatomy, able, parse(text), min(ranks, 2)) is None
 
 
 def mixed(anatomy: Anatomy, texts: list[str]) -> dict[str, Codec]:

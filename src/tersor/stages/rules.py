@@ -38,30 +38,33 @@ def _members(engine: Engine, anatomy: Anatomy, layer: Layer) -> list[Layer]:
 
 
 def rule_notes(options: Options, anatomy: Anatomy, codecs: Mapping[str, Codec]) -> tuple[str, ...]:
-    """What rules forbid: one sentence for each reason, with the layers and candidates that it concerns.
+    """What rules forbid: one sentence for each reason, with the candidates and layers that it concerns.
 
-    Raises BadInput, with the reason of most layers, when the rules leave no layer any of the candidates but the fallback.
+    Raises BadInput, with the reason of most layers, when no layer is left any of the candidates but the fallback.
     """
     engine = find_engine(options.engine)
     if engine is None:
         return ()
-    layers: dict[str, list[str]] = {}
-    texts: dict[str, list[str]] = {}
+    names: dict[tuple[str, str], list[str]] = {}
     possible = set(codecs) == {engine.fallback}
-    for text, codec in codecs.items():
-        for layer in anatomy.layers:
-            why = engine.refuses(anatomy, layer, codec, options.tensor_parallel)
-            if why is None:
-                possible |= text != engine.fallback and bool(usable({text: codec}, layer))
-                continue
-            for found, what in ((layers, layer.name), (texts, text)):
-                if what not in found.setdefault(why, []):
-                    found[why].append(what)
+    for layer in anatomy.layers:
+        shaped = usable(dict(codecs), layer)  # what shapes forbid is said elsewhere
+        refused: dict[str, list[str]] = {}
+        for text in shaped:
+            why = engine.refuses(anatomy, layer, codecs[text], options.tensor_parallel)
+            if why is not None:
+                refused.setdefault(why, []).append(text)
+            else:
+                possible |= text != engine.fallback
+        for why, texts in refused.items():
+            everything = {*texts, engine.fallback} >= set(shaped) and engine.fallback
+            what = f"anything but {engine.fallback}" if everything else ", ".join(texts)
+            names.setdefault((why, what), []).append(layer.name)
     notes = []
-    for why, names in sorted(layers.items(), key=lambda item: -len(item[1])):
-        more = f" and {len(names) - 1} other layers" if len(names) > 1 else ""
-        kept = f"anything but {engine.fallback}" if set(texts[why]) | {engine.fallback} >= set(codecs) else ""
-        notes.append(f"{engine.name} cannot run {names[0]}{more} in {kept or ', '.join(texts[why])}: {why}.")
-    if not possible and notes:
-        raise BadInput(f"{notes[0]} No candidate is left for any layer; choose others with --candidates.")
+    for (why, what), found in sorted(names.items(), key=lambda item: -len(item[1])):
+        more = f" and {len(found) - 1} other layers" if len(found) > 1 else ""
+        notes.append(f"{engine.name} cannot run {found[0]}{more} in {what}: {why}.")
+    if not possible:
+        why = notes[0] if notes else f"{', '.join(codecs)} cannot take any layer of this model."
+        raise BadInput(f"{why} No candidate is left for any layer; choose others with --candidates.")
     return tuple(notes)

@@ -59,15 +59,19 @@ def _badly_split(layer: Layer, codec: Codec, ranks: int) -> str | None:
     if size % ranks:
         return f"its {size} {what} cannot be split over {ranks} processors"
     share = size // ranks
-    among = f"split over {ranks} processors leave {share} each" if ranks > 1 else "are its width"
+    split = f"{what} split over {ranks} processors leave {share} each, which"
     wide, high = (share, rows) if inward else (columns, share)
     group = codec.group if isinstance(codec, GroupedScalar) else None
     if group is not None and wide % group:
-        return f"its {columns} inputs {among}, which groups of {group} do not divide"
-    if isinstance(codec, Integer | SignedInteger):
-        word = _WORD // codec.bits_per_code
-        if wide % word:
-            return f"its {columns} inputs {among if inward else 'are its width'}, and {word} codes make a word"
-        if isinstance(codec, Integer) and high % word:
-            return f"its {rows} outputs {'are its height' if inward else among}, and {word} zero points make a word"
+        alone = f"groups of {group} do not divide its {columns} inputs"
+        return f"its {columns} {split} groups of {group} do not divide" if inward and ranks > 1 else alone
+    if not isinstance(codec, Integer | SignedInteger):
+        return None
+    word = _WORD // codec.bits_per_code
+    if wide % word:
+        alone = f"words of {word} codes do not divide its {columns} inputs"
+        return f"its {columns} {split} words of {word} codes do not divide" if inward and ranks > 1 else alone
+    if isinstance(codec, Integer) and high % word:
+        alone = f"words of {word} zero points do not divide its {rows} outputs"
+        return f"its {rows} {split} words of {word} zero points do not divide" if not inward and ranks > 1 else alone
     return None
