@@ -118,7 +118,8 @@ def test_less_is_impossible(model: Callable[..., Path], settings: dict[str, Any]
         ({"memory": "1GB", "size": None}, "give --size instead of --memory"),
         ({"engine": "llama.cpp", "tensor_parallel": 2}, r"llama\.cpp does not split layers over processors"),
         ({"engine": "transformers", "tensor_parallel": 2}, "transformers does not split layers"),
-        ({"engine": "vllm"}, "engine 'vllm' is unknown; use transformers or"),
+        ({"engine": "vlm"}, "engine 'vlm' is unknown; use transformers or"),
+        ({"engine": "vllm", "candidates": ("int3:g64",)}, "compressed-tensors cannot run int3:g64"),
     ],
 )
 def test_rules_are_told_by_a_plan(more: dict[str, Any], why: str, model: Callable[..., Path], settings: dict[str, Any]):

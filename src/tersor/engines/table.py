@@ -14,12 +14,15 @@ from tersor.errors import BadInput
 NATIVE = "transformers"
 """What reads artifacts as they are, with every codec."""
 ENGINES: Mapping[str, Engine] = {engine.name: engine for engine in (LLAMA_CPP, COMPRESSED_TENSORS, ONNX, ONNX_QDQ)}
+ALIASES = {"vllm": "compressed-tensors", "sglang": "compressed-tensors"}
+"""Programs that run another engine's files."""
 
 
 def find_engine(name: str) -> Engine | None:
     """The engine of that name; None for transformers. Raises BadInput for one that is not known."""
     if name == NATIVE:
         return None
+    name = ALIASES.get(name, name)
     if name not in ENGINES:
         raise BadInput(f"The engine {name!r} is unknown; use {' or '.join((NATIVE, *ENGINES))}.")
     return ENGINES[name]
