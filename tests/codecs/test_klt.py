@@ -250,3 +250,15 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     for text in ("klt5(int3:row)", "klt16(int3:row):fast", "klt64(int3:row)"):
         with pytest.raises((DecodeError, ValueError), match=r"not known|cannot be read"):
             parts_of(parse_codec(text), 4, 100)
+
+
+def test_scales_inside_can_be_tuned_through_the_basis() -> None:
+    weight, gram = problem(9)
+    codec = parse("klt16(int3:row)")
+    tensors, values = Encoder(ErrorFeedback())(weight, codec, gram)
+    scale = tensors["k_scale"].float().requires_grad_(True)
+    codec.decode({**tensors, "k_scale": scale}, (ROWS, COLUMNS)).square().sum().backward()
+    assert scale.grad is not None
+    # Twice the energy of a row over its scale, as turning leaves energies as they are.
+    expected = 2 * values.square().sum(1, keepdim=True) / scale.detach()
+    assert torch.allclose(scale.grad, expected, rtol=1e-3, atol=1e-6)
