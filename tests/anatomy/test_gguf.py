@@ -217,5 +217,7 @@ def test_what_is_written_is_an_ordinary_folder(tmp_path):
     source = open_source(file, cache_dir=tmp_path / "cache")
     assert source.path.parent == tmp_path / "cache"
     assert set(load_file(source.path / "model.safetensors")) == set(source.tensors)
-    assert "quantization_config" not in json.loads((source.path / "config.json").read_text())
+    config = json.loads((source.path / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert (config["architectures"], config["dtype"]) == (["LlamaForCausalLM"], "float32")
     assert not source.computed

@@ -32,7 +32,7 @@ NOTE = "tersor-source.json"
 """File in a cached folder that keeps what its weight files cannot say."""
 
 _VERSION = b"tersor source 1"
-_GGUF_VERSION = b"tersor source 2"
+_GGUF_VERSION = b"tersor source 3"
 _SHARD = "2GB"
 _TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens_map.json", "*.jinja")
 

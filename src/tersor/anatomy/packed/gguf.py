@@ -113,7 +113,7 @@ def write_folder(reader: Any, file: Path, folder: Path) -> bool:
             )
     bulk = _bulk(reader, without=("F32",))
     half = torch.float32 if bulk is None else torch.float16 if bulk in _FINE else torch.bfloat16
-    config.dtype = half
+    config.dtype, config.architectures = half, [type(model).__name__]
 
     def make(name: str) -> Tensor:
         return _assembled(name, owners[name], processor, mapping, expected, file)
