@@ -154,6 +154,9 @@ def test_the_runtime_computes_what_our_decoding_does(
     assert all(stored.kept(name).equal(value) for name, value in model.kept.items())
     assert target.file_bytes(_texts(model)) == stored.nbytes == sum((path / n).stat().st_size for n in (MODEL, DATA))
     assert engine_of(path) is engine
+    onnx.checker.check_model(path / MODEL)
+    domains = {node.domain for node in onnx.load(path / MODEL, load_external_data=False).graph.node}
+    assert domains == ({"", "com.microsoft"} if engine is ONNX else {""})
     ids = torch.randint(0, 100, (1, 24), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         wanted = model.plain(ids).logits[0]
@@ -223,11 +226,17 @@ def test_no_mix_of_codecs_is_larger_than_planned(rounded: Callable[..., Model]):
         for _ in range(4):
             texts = {}
             for layer in model.anatomy.layers:
-                fits = [text for text in engine.candidates("normal") if parse(text).accepts(layer.stored_shape)]
+                named = ("int4:g16", "int2:g32", "int8:g16:asym:bf16", "sint8:row:bf16")
+                fits = [text for text in (*engine.candidates("normal"), *named) if _fits(engine, model, layer, text)]
                 texts[layer.name] = draw.choice(fits)
             artifact = artifact_layout(model.anatomy, {name: parse(text) for name, text in texts.items()}).total_bytes
             over = target.file_bytes(texts) - artifact
             assert over <= larger < over + 600 * len(texts)
+
+
+def _fits(engine: Any, model: Model, layer: Layer, text: str) -> bool:
+    codec = parse(text)
+    return codec.accepts(layer.stored_shape) and engine.refuses(model.anatomy, layer, codec, 1) is None
 
 
 @pytest.mark.parametrize(

@@ -221,7 +221,8 @@ def build(skeleton: bytes, anatomy: Anatomy, codecs: Mapping[str, Codec], operat
     for name, (dtype, shape) in anatomy.kept.items():
         work.plain(name, name, "", dtype, shape)
     work.graph.opset_imports[""] = max(work.graph.opset_imports[""], operators.opset)
-    work.graph.opset_imports[DOMAIN] = 1
+    if any(node.domain == DOMAIN for node in work.graph):
+        work.graph.opset_imports[DOMAIN] = 1
     texts = {layer.name: str(codecs[layer.name]) for layer in anatomy.layers}
     work.model.metadata_props[LAYERS] = json.dumps(texts, separators=(",", ":"))
     work.model.metadata_props[ENGINE] = operators.engine

@@ -26,8 +26,10 @@ _NBITS = (
     *("sint8:g128", "sint8:g64", "sint8:g32", _DENSE),
 )
 _QDQ = ("sint8:row", "int8:row:asym", "sint8:g128", "int8:g128:asym", "sint8:g64", "int8:g64:asym", "sint8:g32", _DENSE)
+_NAMED = tuple(f"int4:g{group}" for group in (16, 32, 64, 128, 256))
+"""Codecs that are not chosen among unless they are named, of a form that no candidate has."""
 _DIGITS = 24
-"""Bytes by which what the graph says of a layer may differ beyond its length: offsets and sizes of more digits."""
+"""Bytes by which what the graph says of a layer may differ from codec to codec of a form: numbers of more digits."""
 _HEADER = 50
 """Bytes that a tensor takes at least in an artifact's header, beyond its name."""
 
@@ -36,14 +38,15 @@ _HEADER = 50
 class OnnxTarget:
     """A model as an ONNX folder; see :class:`~tersor.engines.contract.Target`.
 
-    ``graph``: of :func:`~tersor.engines.onnx.graph.open_graph`. ``wide``: codecs that make the largest graph.
+    ``graph``: of :func:`~tersor.engines.onnx.graph.open_graph`. ``forms``: codecs by layer, once for each form that a
+    graph can give to layers.
     """
 
     source: Source
     anatomy: Anatomy
     graph: bytes = field(repr=False)
     operators: Operators
-    wide: Mapping[str, str]
+    forms: tuple[Mapping[str, str], ...]
 
     def file_bytes(self, texts: Mapping[str, str]) -> int:
         return self._built(texts).nbytes
@@ -54,15 +57,16 @@ class OnnxTarget:
         Weights take the same bytes in both, codec by codec; only graph, header and alignment differ.
         """
         dense = self._built({layer.name: _DENSE for layer in self.anatomy.layers})
-        wide = self._built(self.wide)
-        graph = wide.nbytes - sum(entry.nbytes for entry in wide.entries)
         floats = sum(entry.nbytes for entry in dense.entries)
-        saved = sum(
-            (len(parse(self.wide[layer.name]).parts(layer.stored_shape)) - 1) * (len(layer.name) + _HEADER)
-            for layer in self.anatomy.layers
-        )
-        slack = len(wide.entries) * ALIGNMENT + len(self.anatomy.layers) * _DIGITS
-        return graph + floats - dense_bytes - saved + slack
+        slack = len(self.anatomy.layers) * (_DIGITS + 3 * ALIGNMENT)
+        return max(self._graph_bytes(texts) for texts in self.forms) + floats - dense_bytes + slack
+
+    def _graph_bytes(self, texts: Mapping[str, str]) -> int:
+        """What is no weight in the file, less what headers of the artifact say at least of more tensors a layer."""
+        built = self._built(texts)
+        parts = {layer.name: parse(texts[layer.name]).parts(layer.stored_shape) for layer in self.anatomy.layers}
+        saved = sum((len(found) - 1) * (len(name) + _HEADER) for name, found in parts.items())
+        return built.nbytes - sum(entry.nbytes for entry in built.entries) - saved
 
     def write(self, codecs: Mapping[str, Codec], path: Path, read: Read) -> None:
         built = self._built({name: str(codec) for name, codec in codecs.items()})
@@ -103,21 +107,29 @@ def _check(operators: Operators, examples: Sequence[str]) -> Callable[[Sequence[
 
 
 def _opener(operators: Operators, texts: Sequence[str]) -> Callable[[Source, Anatomy], OnnxTarget]:
-    """``texts``: codecs among which is the one that needs the largest graph, for every layer that can have any."""
+    """``texts``: codecs among which every form is that a graph can give to layers."""
     refuses = _refuses(operators)
 
-    def most(anatomy: Anatomy, layer: Layer) -> str:
+    def form(text: str) -> tuple[str, bool]:
+        grid = grid_of(parse(text))
+        return ("dense", False) if grid is None else (grid.zero, grid.group is None)
+
+    def chosen(anatomy: Anatomy, layer: Layer, wanted: tuple[str, bool]) -> str:
+        """A codec of that form, or of another where the layer can have none of it."""
         fits = [
             text
             for text in texts
             if parse(text).accepts(layer.stored_shape) and refuses(anatomy, layer, parse(text), 1) is None
         ]
-        return max(fits, key=lambda text: len(parse(text).parts(layer.stored_shape)))
+        return min(fits, key=lambda text: (form(text) != wanted, text == _DENSE))
 
     def open_target(source: Source, anatomy: Anatomy) -> OnnxTarget:
-        wide = {layer.name: most(anatomy, layer) for layer in anatomy.layers}
-        target = OnnxTarget(source, anatomy, open_graph(source), operators, wide)
-        target.file_bytes(wide)  # finds now what the graph has no place for
+        forms = tuple(
+            {layer.name: chosen(anatomy, layer, wanted) for layer in anatomy.layers}
+            for wanted in sorted(set(map(form, texts)))
+        )
+        target = OnnxTarget(source, anatomy, open_graph(source), operators, forms)
+        target.file_bytes(forms[-1])  # finds now what the graph has no place for
         return target
 
     return open_target
@@ -136,14 +148,14 @@ def _recognises(operators: Operators) -> Callable[[Path], bool]:
     return known
 
 
-def _engine(operators: Operators, texts: tuple[str, ...]) -> Engine:
+def _engine(operators: Operators, texts: tuple[str, ...], named: tuple[str, ...] = ()) -> Engine:
     return Engine(
         name=operators.engine,
         suffix="",
         package=PACKAGE,
         candidates=lambda _effort: texts,
         check=_check(operators, texts),
-        open=_opener(operators, texts),
+        open=_opener(operators, (*texts, *named)),
         recognises=_recognises(operators),
         installed=installed,
         run=run,
@@ -152,5 +164,5 @@ def _engine(operators: Operators, texts: tuple[str, ...]) -> Engine:
     )
 
 
-ONNX = _engine(NBits(), _NBITS)
+ONNX = _engine(NBits(), _NBITS, _NAMED)
 ONNX_QDQ = _engine(Qdq(), _QDQ)
