@@ -112,7 +112,7 @@ class Form:
         if self.format == "float-quantized":
             return {"codes": tensors["weight"].view(torch.uint8), "scale": tensors["weight_scale"]}
         assert isinstance(self.codec, Integer | SignedInteger)
-        bits, groups = self.codec.bits_per_code, self.codec.groups(shape[1])
+        bits = self.codec.bits_per_code
         wide = {part.name: part.shape[1] for part in self.codec.parts(shape)}
         parts = {
             "codes": tensors["weight_packed"].view(torch.uint8)[:, : wide["codes"]].contiguous(),
@@ -121,7 +121,6 @@ class Form:
         if isinstance(self.codec, Integer):
             down = _plain(tensors["weight_zero_point"].T).view(torch.uint8)
             zero = unpack(down, bits, shape[0]).T
-            assert zero.shape[1] == groups
             parts["zero"] = pack(zero, bits)
         return parts
 
