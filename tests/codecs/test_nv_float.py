@@ -52,6 +52,9 @@ def test_bad_texts_and_shapes() -> None:
     for text, says in (("nvfp4", "such as nvfp4:s9"), ("nvfp4:s25", "s0 to s24"), ("nvfp4:g16", "such as nvfp4:s9")):
         with pytest.raises(BadInput, match=says):
             parse(text)
+    for text in ("coded(nvfp4:s9):3", "coded(sint4:g32):3"):
+        with pytest.raises(BadInput, match="only int, fp and ternary codes can be coded"):
+            parse(text)
     with pytest.raises(BadInput, match="groups of 16"):
         NvFloat(group=32)
     with pytest.raises(ShapeMismatch, match="16 does not divide 40"):
