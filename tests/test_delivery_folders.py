@@ -19,7 +19,8 @@ from tersor import api
 from tersor.artifact import plan_to_json
 from tersor.cli import app
 from tersor.delivery import ENGINES, Delivered
-from tersor.errors import BadInput, CorruptArtifact, EngineFailed, Infeasible
+from tersor.engines.compressed_tensors.forms import Form
+from tersor.errors import BadInput, CorruptArtifact, EngineFailed, Infeasible, VerificationFailed
 
 pytest.importorskip("compressed_tensors")
 
@@ -217,3 +218,20 @@ def test_the_commands(model: Callable[..., Path], settings: dict[str, Any], tmp_
     assert done.exit_code == 0, done.output
     assert stored_bytes(tmp_path / "x") == size
     assert "Compressed for compressed-tensors" in done.stdout
+
+
+@pytest.mark.usefixtures("unproven")
+def test_nothing_is_left_of_a_folder_that_reads_otherwise(
+    model: Callable[..., Path], settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    api.compress(
+        model(),
+        tmp_path / "good",
+        plan=api.plan(model(), fast=True, engine=NAME, size=380_000, **settings).plan,
+        **settings,
+    )
+    put = Form.put
+    monkeypatch.setattr(Form, "put", lambda *given: {name: value.flip(0) for name, value in put(*given).items()})
+    with pytest.raises((VerificationFailed, CorruptArtifact)):
+        api.export(tmp_path / "good", tmp_path / "x", engine=NAME, cache_dir=tmp_path / "cache")
+    assert not list(tmp_path.glob("*x"))

@@ -235,17 +235,21 @@ def write_file(folder: Path, output: Path, target: Target) -> int:
     # Names that end otherwise would not do: engines choose by them.
     partial = output.with_name(f"partial.{output.name}")
     _remove(partial)
-    target.write(artifact.layers, partial, read)
-    stored = target.stored(partial)
-    for name, layer in layers.items():
-        codec = artifact.layers[name]
-        same = stored.texts[name] == str(codec)
-        written = stored.tensors(layer, codec) if same else {}
-        if not same or any(not written[part].equal(tensor) for part, tensor in artifact.tensors(name).items()):
-            _remove(partial)
-            raise VerificationFailed(f"{output} does not hold {name} as it was written; check the disk and run again.")
-    _remove(output)
-    os.replace(partial, output)
+    try:
+        target.write(artifact.layers, partial, read)
+        stored = target.stored(partial)
+        for name, layer in layers.items():
+            codec = artifact.layers[name]
+            same = stored.texts[name] == str(codec)
+            written = stored.tensors(layer, codec) if same else {}
+            if not same or any(not written[part].equal(tensor) for part, tensor in artifact.tensors(name).items()):
+                raise VerificationFailed(
+                    f"{output} does not hold {name} as it was written; check the disk and run again."
+                )
+        _remove(output)
+        os.replace(partial, output)
+    finally:
+        _remove(partial)
     return stored.nbytes
 
 
