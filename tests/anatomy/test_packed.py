@@ -269,6 +269,7 @@ def test_a_configuration_that_is_no_object_or_packs_nothing(gptq, complete):
         (put("qzeros", lambda t: t[:1].clone()), r"qzeros .* expected \(2, 4\)"),
         (put("scales", lambda t: t[:1].clone()), r"scales .* expected \(2, 32\)"),
         (put("qweight", lambda t: t[0].clone()), "expected two axes"),
+        (put("qweight", lambda t: t[:0].clone()), r"qweight .* is empty: its shape is \(0, 4\)"),
     ],
 )
 def test_malformed_awq_gets_its_sentence(awq, edit, words):
@@ -283,7 +284,7 @@ def test_malformed_awq_gets_its_sentence(awq, edit, words):
     [
         (drop("weight_scale"), "has no tensor"),
         (drop("weight_shape"), "has no tensor"),
-        (put("weight_packed", lambda t: t[:, :-1].clone()), None),
+        (put("weight_packed", lambda t: t[:, :-1].clone()), "no number of bits among 4"),
         (put("weight_packed", lambda t: t[:-1].clone()), "no number of bits"),
         (put("weight_scale", lambda t: t[:5].clone()), "expected 32 rows"),
         (put("weight_scale", lambda _: torch.ones(32, 3)), r"weight_zero_point .* expected \(4, 3\)"),
@@ -309,6 +310,27 @@ def test_malformed_compressed_tensors_get_their_sentence(compressed, edit, words
 def test_compressed_tensors_that_are_not_read(compressed, settings, words):
     with pytest.raises(BadInput, match=words):
         open_source(compressed(**settings).folder)
+
+
+@pytest.mark.parametrize("key", ["config_groups", "sparsity_config", "transform_config"])
+def test_settings_of_compressed_tensors_that_are_no_objects(compressed, key):
+    with pytest.raises(CorruptArtifact, match=rf"{key} .* is \['x'\], not a JSON object"):
+        open_source(compressed(**{key: ["x"]}).folder)
+
+
+def test_few_inputs_have_the_bits_that_the_configuration_says():
+    """Eight codes fill one word at 1, 2, 3 and 4 bits."""
+    settings = {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {"num_bits": 4}}}}
+    codes = torch.arange(8, dtype=torch.int64).numpy()[None]
+    found = unpacked(
+        settings,
+        {
+            "weight_packed": tiny_packed.pack(codes, 4),
+            "weight_scale": torch.ones(1, 1),
+            "weight_shape": torch.tensor([1, 8]),
+        },
+    )
+    assert found.tolist() == [[-8, -7, -6, -5, -4, -3, -2, -1]]
 
 
 def test_int8_and_float8_with_scales_of_all_kinds(complete, tmp_path):

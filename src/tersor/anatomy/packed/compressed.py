@@ -16,7 +16,7 @@ Described after compressed-tensors 0.19 and transformers' ``quantizers/quantizer
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -51,27 +51,30 @@ def read(settings: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> dict
     Raises BadInput for formats, sparsity or online transforms that are not read, CorruptArtifact for tensors that are
     missing or do not fit together.
     """
-    groups = [group for group in (settings.get("config_groups") or {}).values() if isinstance(group, Mapping)]
+    groups = [group for group in _object(settings, "config_groups").values() if isinstance(group, Mapping)]
     for form in (settings.get("format"), *(group.get("format") for group in groups)):
         if form is not None and form not in _FORMATS:
             raise BadInput(
                 f"The model is stored in the compressed-tensors format {form!r}, which is not read (read are "
                 f"{', '.join(_FORMATS[:4])}); give the original model."
             )
-    sparsity = (settings.get("sparsity_config") or {}).get("format", "dense")
+    sparsity = _object(settings, "sparsity_config").get("format", "dense")
     if sparsity != "dense":
         raise BadInput(
             f"The model's weights are stored sparse ({sparsity}), which is not read; give the original model."
         )
-    if (settings.get("transform_config") or {}).get("config_groups"):
+    if _object(settings, "transform_config").get("config_groups"):
         raise BadInput(
             "The model rotates activations while it runs (transform_config), which its weights alone do not show; give "
             "the original model."
         )
-    block = _block(group.get("weights") or {} for group in groups)
+    schemes = [_object(group, "weights") for group in groups]
+    block = _block(schemes)
+    # A few inputs fill as many words at several numbers of bits, so what the configuration says of them counts.
+    widths = [bits for bits in _BITS if any(scheme.get("num_bits") == bits for scheme in schemes)] or _BITS
     made = {}
     for module in modules_with(tensors, "weight_packed"):
-        packed = _packed(module, settings)
+        packed = _packed(module, widths, settings)
         made[packed.tensor.name] = packed
     for module in modules_with(tensors, "weight_scale"):
         if "weight_packed" not in module.tensors:
@@ -91,7 +94,15 @@ def read_blocks(settings: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) 
     return made
 
 
-def _block(schemes: Any) -> tuple[int, int] | None:
+def _object(settings: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The JSON object ``key``, empty where there is none. Raises CorruptArtifact for anything else."""
+    found = settings.get(key) or {}
+    if not isinstance(found, Mapping):
+        raise CorruptArtifact(f"{key} in the model's quantization_config is {found!r:.60}, not a JSON object.")
+    return found
+
+
+def _block(schemes: Iterable[Mapping[str, Any]]) -> tuple[int, int] | None:
     """Rows and columns that share a scale, where a configuration says so."""
     for scheme in schemes:
         found = scheme.get("block_structure")
@@ -103,17 +114,18 @@ def _block(schemes: Any) -> tuple[int, int] | None:
     return None
 
 
-def _packed(module: Module, settings: Mapping[str, Any]) -> Packed:
+def _packed(module: Module, widths: Collection[int], settings: Mapping[str, Any]) -> Packed:
+    """``widths``: how many bits codes may have."""
     words = module.need("weight_packed", (torch.int32,))
     scales = module.need("weight_scale", FLOATS)
     shape = module.need("weight_shape", (torch.int64, torch.int32))
     module.check(shape, (2,), why="outputs and inputs")
     outputs, inputs = (int(n) for n in map_tensor(shape))
-    bits = next((b for b in _BITS if words.shape == (outputs, words_for(inputs, b))), None)
+    bits = next((b for b in widths if words.shape == (outputs, words_for(inputs, b))), None)
     if bits is None:
         raise CorruptArtifact(
             f"Tensor {words.name} in {words.file} has the shape {words.shape}, which holds {outputs} rows of {inputs} "
-            "codes at no number of bits from 1 to 8."
+            f"codes at no number of bits among {', '.join(map(str, widths))}."
         )
     groups = _groups(scales, outputs, inputs)
     zeros = module.tensors.get("weight_zero_point")

@@ -32,7 +32,7 @@ class Module:
     tensors: Mapping[str, TensorInfo]
 
     def need(self, leaf: str, dtypes: tuple[torch.dtype, ...]) -> TensorInfo:
-        """The tensor ``<path>.<leaf>``. Raises CorruptArtifact when it is missing or of another type."""
+        """The tensor ``<path>.<leaf>``. Raises CorruptArtifact when it is missing, empty or of another type."""
         info = self.tensors.get(leaf)
         if info is None:
             have = next(iter(self.tensors.values()))
@@ -46,6 +46,8 @@ class Module:
                 f"Tensor {info.name} in {info.file} has the type {str(info.dtype).removeprefix('torch.')}, expected "
                 f"{wanted}."
             )
+        if 0 in info.shape:
+            raise CorruptArtifact(f"Tensor {info.name} in {info.file} is empty: its shape is {info.shape}.")
         return info
 
     def check(self, info: TensorInfo, *expected: tuple[int, ...], why: str) -> None:
