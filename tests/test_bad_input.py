@@ -212,7 +212,7 @@ def test_options_that_cannot_be(refused: Callable[..., str], options: tuple[str,
 
 
 def test_a_stream_cannot_serve_a_budget_of_memory(refused: Callable[..., str]) -> None:
-    said = refused("--candidates", "int4:g32,rot(ectcq5)", budget=("--memory", "50%"))
+    said = refused("--candidates", "int4:g32,rot(ectcq5)", budget=("--memory", "6MB"))
     assert "rot(ectcq5) is small in files only, as it runs decoded: give --size instead of --memory" in said
 
 

@@ -235,12 +235,12 @@ def _run(
     work, anatomy, options = context.work, context.anatomy, context.options
     resumed = work.has("texts.json")
     with clock.stage("open"):
+        notes = curve_stage.candidate_notes(context) if given is None else ()
         check_finite(context)
     with clock.stage("text"):
         texts = prepare_texts(context.source, options, cache=cache, workers=context.workers, progress=context.progress)
         _keep_digests(work, texts)
     with clock.stage("statistics"):
-        notes = curve_stage.candidate_notes(context) if given is None else ()
         notes += texts.calibration.notes + _measure(context, texts, points=given is None)
     with clock.stage("plan"):
         made, codecs = _plan(context, target, given)
