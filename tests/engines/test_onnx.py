@@ -135,6 +135,7 @@ def _texts(model: Model) -> dict[str, str]:
         ("qwen2moe", ONNX, ("sint4:g32", "int4:g16:asym")),
         ("qwen2moe", ONNX_QDQ, ("sint8:g32", "int8:row:asym")),
         ("gptoss", ONNX, ("int4:g16:asym",)),
+        ("deepseek", ONNX, ("int4:g16:asym",)),
     ],
 )
 def test_the_runtime_computes_what_our_decoding_does(

@@ -86,9 +86,6 @@ def _export(model: nn.Module) -> bytes:
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
     from onnxscript.optimizer import optimize
 
-    if any(parameter.ndim == 3 for parameter in model.parameters()):
-        # Experts by plain loops depend on the text, which no graph can.
-        model.set_experts_implementation("grouped_mm")  # type: ignore[operator]
     names = _empty(model)
     program = _traced(model)
     graph = program.graph
@@ -142,30 +139,49 @@ def _traced(model: Any) -> Any:
     from transformers import DynamicCache
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    # Without a configuration every layer keeps all keys; the mask still applies a sliding window.
-    cache = DynamicCache()
-    for layer in range(config.num_hidden_layers):
-        cache.update(*(torch.zeros(_BATCH, heads, _PAST, width) for _ in _SIDES), layer)
     free = torch.export.Dim.DYNAMIC
     rows = {0: free, 1: free}
-    inputs = {
-        "input_ids": torch.zeros(_BATCH, _SEQUENCE, dtype=torch.int64),
-        "attention_mask": torch.ones(_BATCH, _PAST + _SEQUENCE, dtype=torch.int64),
-        "position_ids": torch.arange(_PAST, _PAST + _SEQUENCE).repeat(_BATCH, 1),
-        "past_key_values": cache,
-    }
-    shapes = {**dict.fromkeys(inputs, rows), "past_key_values": [{0: free, 2: free}] * (2 * config.num_hidden_layers)}
-    settings = OnnxConfig(dynamic=True, dynamic_shapes=shapes, optimize=False)
     try:
         with _quiet():
+            shapes = _cache_shapes(model)
+            cache = DynamicCache()
+            for layer, sides in enumerate(shapes):
+                cache.update(*(torch.zeros(shape) for shape in sides), layer)
+            inputs = {
+                "input_ids": torch.zeros(_BATCH, _SEQUENCE, dtype=torch.int64),
+                "attention_mask": torch.ones(_BATCH, _PAST + _SEQUENCE, dtype=torch.int64),
+                "position_ids": torch.arange(_PAST, _PAST + _SEQUENCE).repeat(_BATCH, 1),
+                "past_key_values": cache,
+            }
+            dynamic = {**dict.fromkeys(inputs, rows), "past_key_values": [{0: free, 2: free}] * (2 * len(shapes))}
+            settings = OnnxConfig(dynamic=True, dynamic_shapes=dynamic, optimize=False)
             return OnnxExporter().export(model, {**inputs, "use_cache": True}, config=settings).program
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, NotImplementedError) as error:
         raise EngineFailed(
             f"transformers' ONNX exporter cannot export {type(model).__name__}: {str(error).strip().splitlines()[0]}"
         ) from error
+
+
+def _cache_shapes(model: Any) -> list[tuple[torch.Size, torch.Size]]:
+    """Shapes of keys and values that each layer keeps of ``_BATCH`` sequences of ``_PAST`` tokens.
+
+    Found by running the model on tensors without values. Experts are left in a form that a graph can have: plain
+    loops over them depend on the text.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import DynamicCache
+
+    experts = any(parameter.ndim == 3 for parameter in model.parameters())
+    if experts:
+        model.set_experts_implementation("batched_mm")
+    # Without a configuration every layer keeps all keys; the mask still applies a sliding window.
+    cache = DynamicCache()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        ids = torch.zeros(_BATCH, _PAST, dtype=torch.int64)
+        model(input_ids=ids, past_key_values=cache, use_cache=True)
+    if experts:
+        model.set_experts_implementation("grouped_mm")
+    return [(torch.Size(layer.keys.shape), torch.Size(layer.values.shape)) for layer in cache.layers]
 
 
 def _name(graph: Any) -> None:
