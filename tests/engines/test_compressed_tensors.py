@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import tiny_models
 import tiny_runs
 from tersor.anatomy import Source, analyse, open_source, skeleton
 from tersor.anatomy.shards import list_tensors
+from tersor.artifact.layout import compute_layout
 from tersor.codecs import parse
 from tersor.contracts import Anatomy, Codec
 from tersor.engines.compressed_tensors.engine import ENGINE, FolderTarget
@@ -162,6 +163,23 @@ def test_sizes_of_files_are_exact(limit: int, tmp_path: Path) -> None:
             assert torch.equal(tensor, values[name])
     with pytest.raises(ValueError, match="expected"):
         write_files(tmp_path, entries, lambda _: torch.zeros(1), limit)
+
+
+@pytest.mark.parametrize("shard", [10**9, 500_000, 300_000, 100_000])
+def test_a_folder_takes_at_most_so_much_more_than_an_artifact(shard: int, model: Callable[..., Path]) -> None:
+    """Whatever codecs the layers get, and in however many files they lie."""
+    _, anatomy, target = opened(model())
+    target = replace(target, shard=shard)
+
+    def artifact_bytes(texts: Mapping[str, str]) -> int:
+        parts = {layer.name: parse(texts[layer.name]).parts(layer.stored_shape) for layer in anatomy.layers}
+        named = {f"{name}.{part.name}": (part.dtype, part.shape) for name, found in parts.items() for part in found}
+        return compute_layout({**named, **anatomy.kept}, max_shard_size=shard).total_bytes
+
+    most = target.overhead(artifact_bytes({layer.name: DENSE for layer in anatomy.layers}))
+    for texts in [*([text] for text in FORMS), sorted(FORMS)]:
+        chosen = {name: str(codec) for name, codec in mixed(anatomy, texts).items()}
+        assert target.file_bytes(chosen) <= artifact_bytes(chosen) + most, (shard, texts)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from tersor.anatomy import Source, WeightLoader, skeleton
 from tersor.anatomy.shards import list_tensors, map_tensor
 from tersor.contracts import Anatomy, Codec, Layer
 from tersor.engines.compressed_tensors import rules
-from tersor.engines.compressed_tensors.files import Entry, file_bytes, stored_bytes, write_files
+from tersor.engines.compressed_tensors.files import SHARD, Entry, cost, file_bytes, stored_bytes, write_files
 from tersor.engines.compressed_tensors.forms import DENSE, FORMS, Form, form_of, text_of
 from tersor.engines.compressed_tensors.process import run
 from tersor.engines.contract import Engine, Read
@@ -48,12 +48,13 @@ def library() -> Any:
 class FolderTarget:
     """A model as a folder for these engines; see :class:`~tersor.engines.contract.Target`.
 
-    ``origins``: names of the source's tensors that each parameter is made of.
+    ``origins``: names of the source's tensors that each parameter is made of. ``shard``: bytes of tensors in one file.
     """
 
     source: Source
     anatomy: Anatomy
     origins: Mapping[str, tuple[str, ...]]
+    shard: int = SHARD
 
     def entries(self, texts: Mapping[str, str]) -> list[tuple[Entry, str]]:
         """All tensors of the folder, each with the layer or parameter that it is of, in the order of the model."""
@@ -79,26 +80,28 @@ class FolderTarget:
         return self.origins[layer.parameter][0].removesuffix("weight")
 
     def file_bytes(self, texts: Mapping[str, str]) -> int:
-        return file_bytes([entry for entry, _ in self.entries(texts)])
+        return file_bytes([entry for entry, _ in self.entries(texts)], self.shard)
 
     def overhead(self, dense_bytes: int) -> int:
         """Bound of the difference of both headers, and of what padding and shapes add in a layer's costliest form."""
         dense = dict.fromkeys((layer.name for layer in self.anatomy.layers), DENSE)
-        return self.file_bytes(dense) - dense_bytes + sum(map(self._extra, self.anatomy.layers)) + 8 * _DIGITS
+        size = self.file_bytes(dense)
+        extra = sum(self._extra(layer, several=size > self.shard) for layer in self.anatomy.layers)
+        return size - dense_bytes + extra + 8 * _DIGITS * (1 + size // self.shard)
 
-    def _extra(self, layer: Layer) -> int:
+    def _extra(self, layer: Layer, *, several: bool) -> int:
         """By how much more a layer may grow than in bf16, when it is written here and not into an artifact."""
         least = 0
         for form in FORMS.values():
             if form.codec.accepts(layer.stored_shape) and rules.refuses(self.anatomy, layer, form.codec, 1) is None:
-                least = max(least, self._growth(layer, form))
+                least = max(least, self._growth(layer, form, several=several))
         return least
 
-    def _growth(self, layer: Layer, form: Form) -> int:
+    def _growth(self, layer: Layer, form: Form, *, several: bool) -> int:
         here = [Entry(self.stem(layer) + name, *what) for name, what in form.spec(layer.shape).items()]
         there = [Entry(f"{layer.name}.{part.name}", part.dtype, part.shape) for part in form.codec.parts(layer.shape)]
-        cost = sum(entry.nbytes + len(entry.line(10 ** (_DIGITS - 1))) + 1 for entry in here)
-        return cost - sum(entry.nbytes + len(entry.line(0)) + 1 for entry in there)
+        most = sum(cost(entry, 10 ** (_DIGITS - 1), several=several) for entry in here)
+        return most - sum(cost(entry, 0, several=several) for entry in there)
 
     def write(self, codecs: Mapping[str, Codec], path: Path, read: Read) -> None:
         texts = {name: str(codec) for name, codec in codecs.items()}
@@ -124,7 +127,7 @@ class FolderTarget:
         owners = dict(self.entries(texts))
         path.mkdir()
         try:
-            write_files(path, list(owners), value)
+            write_files(path, list(owners), value, self.shard)
             for file in self.source.side_files:
                 target = path / file.relative_to(self.source.path)
                 target.parent.mkdir(exist_ok=True)
@@ -136,8 +139,7 @@ class FolderTarget:
 
     def _config(self, texts: Mapping[str, str]) -> dict[str, Any]:
         """The model's configuration, with the library's own in it."""
-        raw: dict[str, Any] = json.loads((self.source.path / "config.json").read_text("utf-8"))
-        raw.pop("compression_config", None)
+        raw = self.source.plain_config()
         raw["dtype"] = "bfloat16"
         if "torch_dtype" in raw:
             raw["torch_dtype"] = "bfloat16"

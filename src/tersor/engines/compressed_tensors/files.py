@@ -54,6 +54,13 @@ def file_bytes(entries: Sequence[Entry], limit: int = SHARD) -> int:
     return index + sum(len(_header(shard)) + sum(entry.nbytes for entry in shard) for shard in shards)
 
 
+def cost(entry: Entry, start: int, *, several: bool) -> int:
+    """Bytes that an entry adds to the files when it begins ``start`` bytes into the data: the data itself, its line in
+    a header and, where there are ``several`` files, its line in the index."""
+    line = f'  {json.dumps(entry.name)}: "{_name(1, 2)}",\n' if several else ""
+    return entry.nbytes + len(entry.line(start)) + len(",") + len(line)
+
+
 def write_files(folder: Path, entries: Sequence[Entry], read: Callable[[Entry], Tensor], limit: int = SHARD) -> None:
     """Write all entries; ``read`` gives each one's value, asked for in the order of the files."""
     shards = _shards(entries, limit)
