@@ -248,8 +248,8 @@ def run(given: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--wide", type=Path, help="a model whose widths 256 divides")
+    parser.add_argument("--model", type=Path, help="the reference model")
+    parser.add_argument("--wide", type=Path, help="the one whose widths 256 divides")
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--sequences", type=int, default=48, help="calibration windows, for both sides")
