@@ -12,11 +12,12 @@ from torch import Tensor
 import tiny_models
 from byte_tokenizer import tokenizer
 from tersor.anatomy import WeightLoader, analyse, open_source, skeleton
+from tersor.engines.llama_cpp.engine import Stored
 from tersor.engines.llama_cpp.library import LlamaCpp, find_library
 from tersor.engines.llama_cpp.names import pieces
 from tersor.engines.llama_cpp.tokenizer import read_vocabulary
 from tersor.engines.llama_cpp.write import Recipe, file_bytes, write
-from tersor.errors import BadInput, EngineFailed
+from tersor.errors import BadInput, CorruptArtifact, EngineFailed
 
 FAMILIES = (
     "llama",
@@ -143,6 +144,17 @@ def test_a_damaged_file_is_refused_in_a_sentence(engine: LlamaCpp, tmp_path: Pat
     path.write_bytes(b"GGUF" + bytes(40))
     with pytest.raises(EngineFailed, match="refuses"), engine.load(path, length=8):
         pass
+
+
+def test_a_file_of_another_model_is_refused(tmp_path: Path):
+    recipe, _, loader = recipe_of(tmp_path / "model", "llama")
+    write_plain(recipe, loader, tmp_path / "x.gguf")
+    wider, _, _ = recipe_of(tmp_path / "wider", "llama", hidden_size=2 * recipe.config.hidden_size)
+    with pytest.raises(CorruptArtifact, match=r"'token_embd\.weight' with the shape .* it is of another model"):
+        Stored(tmp_path / "x.gguf", wider)
+    (tmp_path / "y.gguf").write_bytes(b"GGUF" + bytes(40))
+    with pytest.raises(CorruptArtifact, match=r"y\.gguf is truncated or malformed"):
+        Stored(tmp_path / "y.gguf", recipe)
 
 
 def test_nothing_is_left_of_a_file_that_could_not_be_finished(tmp_path: Path):

@@ -14,10 +14,11 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from tersor.anatomy import Source
+from tersor.anatomy.packed.gguf import open_reader
 from tersor.contracts import Anatomy, Codec, Layer
 from tersor.engines.contract import Engine, Read
 from tersor.engines.llama_cpp.library import LlamaCpp, LoadedModel, find_library
-from tersor.engines.llama_cpp.names import architecture, gguf, kept_value, pieces
+from tersor.engines.llama_cpp.names import Piece, architecture, gguf, kept_value, pieces
 from tersor.engines.llama_cpp.tokenizer import read_vocabulary
 from tersor.engines.llama_cpp.write import Recipe, file_bytes, write
 from tersor.errors import BadInput, CorruptArtifact, EngineFailed
@@ -98,19 +99,15 @@ class Stored:
     """A GGUF file read back: which codec each layer is in, and what it stores. Raises CorruptArtifact, BadInput."""
 
     def __init__(self, path: Path, recipe: Recipe) -> None:
-        package = gguf()
+        gguf()  # refuses where the package is not installed
         self._path, self._recipe = path, recipe
         self.nbytes = path.stat().st_size
-        try:
-            reader = package.GGUFReader(path)
-        except (ValueError, IndexError, KeyError, OSError) as error:
-            raise CorruptArtifact(f"{path} is not a whole GGUF file ({error}); write or fetch it again.") from error
-        self._found = {tensor.name: tensor for tensor in reader.tensors}
+        self._found = {tensor.name: tensor for tensor in open_reader(path).tensors}
         self._places = pieces(recipe.anatomy, recipe.config)
         known = {value: text for text, value in _TYPES.items()}
         self.texts: dict[str, str] = {}
         for layer in recipe.anatomy.layers:
-            kinds = {self._tensor(piece.name).tensor_type.name for piece in self._places[layer.name]}
+            kinds = {self._tensor(piece).tensor_type.name for piece in self._places[layer.name]}
             if len(kinds) > 1 or not kinds <= set(known):
                 raise BadInput(
                     f"{path} holds {layer.name} as {' and '.join(sorted(kinds))}; tersor reads {', '.join(known)}, one "
@@ -118,17 +115,26 @@ class Stored:
                 )
             self.texts[layer.name] = known[kinds.pop()]
 
-    def _tensor(self, name: str) -> Any:
-        if name not in self._found:
-            raise CorruptArtifact(f"{self._path} lacks the tensor {name!r}: it is of another model, or incomplete.")
-        return self._found[name]
+    def _tensor(self, piece: Piece) -> Any:
+        found = self._found.get(piece.name)
+        if found is None:
+            raise CorruptArtifact(
+                f"{self._path} lacks the tensor {piece.name!r}: it is of another model, or incomplete."
+            )
+        shape = tuple(int(size) for size in reversed(found.shape))  # the innermost comes first there
+        if shape != piece.shape:
+            raise CorruptArtifact(
+                f"{self._path} holds the tensor {piece.name!r} with the shape {shape}, expected {piece.shape}: it is "
+                "of another model."
+            )
+        return found
 
     def tensors(self, layer: Layer, codec: Codec) -> dict[str, Tensor]:
         """A layer's stored tensors, rows in the order that the model has them."""
         (part,) = codec.parts(layer.stored_shape)
         raw = torch.empty(layer.stored_shape[0], part.nbytes // layer.stored_shape[0], dtype=torch.uint8)
         for piece in self._places[layer.name]:
-            data = torch.from_numpy(self._tensor(piece.name).data.view("uint8").copy()).reshape(-1, raw.shape[1])
+            data = torch.from_numpy(self._tensor(piece).data.view("uint8").copy()).reshape(-1, raw.shape[1])
             if piece.rows is None:
                 raw.copy_(data)
             else:
@@ -138,7 +144,7 @@ class Stored:
     def kept(self, name: str) -> Tensor:
         """A kept parameter's value, float32, as the model has it."""
         (piece,) = self._places[name]
-        found = torch.from_numpy(self._tensor(piece.name).data.astype("float32"))
+        found = torch.from_numpy(self._tensor(piece).data.astype("float32"))
         value = torch.empty_like(found.reshape(piece.shape))
         value[piece.rows if piece.rows is not None else slice(None)] = found.reshape(piece.shape)
         added = kept_value(name, torch.zeros(1), self._recipe.config)
