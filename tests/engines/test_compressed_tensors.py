@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import byte_tokenizer
 import tiny_models
@@ -130,6 +131,11 @@ def test_targets_are_read_as_the_library_reads_them(model: Callable[..., Path], 
     path.write_text(json.dumps(config))
     with pytest.raises(CorruptArtifact, match=r"q_proj.weight' must be torch.bfloat16"):
         target.stored(tmp_path / "out")
+    settings["ignore"] = ["re:("]
+    path.write_text(json.dumps(config))
+    with pytest.raises(CorruptArtifact, match=r"the target 're:\(' is no pattern"):
+        target.stored(tmp_path / "out")
+    settings["ignore"] = []
     group["weights"]["num_bits"] = 3
     path.write_text(json.dumps(config))
     with pytest.raises(BadInput, match="a scheme that tersor does not read; it reads sint4"):
@@ -137,6 +143,21 @@ def test_targets_are_read_as_the_library_reads_them(model: Callable[..., Path], 
     path.write_text(json.dumps({**config, "quantization_config": {"quant_method": "compressed-tensors"}}))
     with pytest.raises(CorruptArtifact, match="no configuration of compressed-tensors"):
         target.stored(tmp_path / "out")
+
+
+def test_a_head_that_the_class_would_tie_stays_its_own(model: Callable[..., Path], tmp_path: Path) -> None:
+    """Gemma's head is its embedding unless the configuration says otherwise, even where files hold another."""
+    folder = model("gemma2")
+    tensors = load_file(folder / "model.safetensors")
+    head = torch.flip(tensors["model.embed_tokens.weight"], (0,))
+    save_file({**tensors, "lm_head.weight": head}, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({key: value for key, value in config.items() if key != "tie_word_embeddings"})
+    )
+    written(folder, tmp_path / "out", ["sint4:g64:bf16"])
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"], head)
 
 
 @pytest.mark.parametrize("limit", [10**9, 400, 1])
@@ -156,8 +177,6 @@ def test_sizes_of_files_are_exact(limit: int, tmp_path: Path) -> None:
     assert {name: (info.dtype, info.shape) for name, info in found.items()} == {
         entry.name: (entry.dtype, entry.shape) for entry in entries
     }
-    from safetensors.torch import load_file
-
     for path in tmp_path.glob("*.safetensors"):
         for name, tensor in load_file(path).items():
             assert torch.equal(tensor, values[name])

@@ -30,6 +30,8 @@ from tersor.errors import BadInput, CorruptArtifact
 NAME = "compressed-tensors"
 METHOD = "compressed-tensors"
 _MIXED = "mixed-precision"
+_PATTERN = "re:"
+"""What targets begin with that are patterns and not names."""
 _DIGITS = 13
 """Of the largest offset in a header, and of how many the artifact's may be shorter than the folder's."""
 
@@ -146,8 +148,8 @@ class FolderTarget:
         kind = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(raw.get("model_type", ""))
         if not raw.get("architectures") and kind:
             raw["architectures"] = [kind if isinstance(kind, str) else kind[0]]
-        if raw.get("tie_word_embeddings") and self.anatomy.head != self.anatomy.embedding:
-            raw["tie_word_embeddings"] = False
+        if self.anatomy.head != self.anatomy.embedding:
+            raw["tie_word_embeddings"] = False  # also where it says nothing: some classes tie them unless told not to
         raw["quantization_config"] = quantization_config(self.anatomy, texts)
         return raw
 
@@ -248,7 +250,16 @@ def _settings(path: Path) -> tuple[dict[str, str], list[str]]:
         if text is None:
             raise BadInput(f"{path} has a scheme that tersor does not read; it reads {', '.join(FORMS)}.")
         found.update(dict.fromkeys(scheme.targets, text))
-    return found, list(config.ignore or ())
+    ignored = list(config.ignore or ())
+    for target in (*found, *ignored):
+        if target.startswith(_PATTERN):
+            try:
+                re.compile(target.removeprefix(_PATTERN))
+            except re.error as error:
+                raise CorruptArtifact(
+                    f"{path / 'config.json'}: the target {target!r} is no pattern: {error}."
+                ) from None
+    return found, ignored
 
 
 def _text_in(layer: Layer, schemes: Mapping[str, str], ignored: Sequence[str]) -> str:
@@ -257,7 +268,9 @@ def _text_in(layer: Layer, schemes: Mapping[str, str], ignored: Sequence[str]) -
     def match(targets: Iterable[str]) -> str | None:
         if layer.name in targets:
             return layer.name
-        patterns = (one for one in targets if one.startswith("re:") and re.match(one[3:], layer.name))
+        patterns = (
+            one for one in targets if one.startswith(_PATTERN) and re.match(one.removeprefix(_PATTERN), layer.name)
+        )
         return next(patterns, "Linear" if "Linear" in targets and layer.kind == "linear" else None)
 
     found = None if match(ignored) is not None else match(schemes)

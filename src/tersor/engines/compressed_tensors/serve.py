@@ -24,7 +24,7 @@ def load(folder: str) -> Any:
 
     settings = json.loads((Path(folder) / "config.json").read_text("utf-8"))["quantization_config"]
     if all(group["weights"].get("symmetric", True) for group in settings["config_groups"].values()):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
         # The library would do so at the first token, and leaves some formats in bfloat16 among float32.
         model.hf_quantizer.compressor.decompress_model(model)
         for parameter in model.parameters():
