@@ -300,6 +300,16 @@ def test_a_graph_that_uses_a_weight_otherwise(rounded: Callable[..., Model]):
         changed.file_bytes(_texts(model))
 
 
+def test_a_folder_does_not_say_that_its_source_was_quantized(rounded: Callable[..., Model], tmp_path: Path):
+    model = rounded("llama-tied", ONNX, "bf16")
+    config = json.loads((model.source.path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    target = ONNX.open(model.source, model.anatomy)
+    packed = replace(model.source, path=tmp_path, side_files=())
+    replace(target, source=packed).write(model.codecs, tmp_path / "x", model.read)
+    assert json.loads((tmp_path / "x" / "config.json").read_text()) == config
+
+
 def test_damaged_folders(rounded: Callable[..., Model], tmp_path: Path):
     model = rounded("qwen2", ONNX, "sint4:g32")
     target = ONNX.open(model.source, model.anatomy)

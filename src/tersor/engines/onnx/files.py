@@ -55,7 +55,8 @@ def write_folder(
             for entry, tensor in _contents(built, anatomy, codecs, operators, read):
                 file.write(b"\0" * (entry.offset - file.tell()))
                 file.write(_raw(tensor))
-        for side in (source.path / "config.json", *source.side_files):
+        (partial / "config.json").write_text(json.dumps(source.plain_config(), indent=2) + "\n", encoding="utf-8")
+        for side in source.side_files:
             copy = partial / side.relative_to(source.path)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(side, copy)
