@@ -95,7 +95,8 @@ def open_source(
     Hub files go to the hub's own cache; GGUF files and model objects are written once as safetensors into
     ``cache_dir`` (default: ``$XDG_CACHE_HOME/tersor`` or ``~/.cache/tersor``) under the hash of their content.
 
-    Weights packed as GPTQ, AWQ or compressed-tensors are dequantized when they are asked for; no copy is written.
+    Weights packed as GPTQ, AWQ, AutoRound, compressed-tensors or FP8 are dequantized when they are asked for; no copy
+    is written.
 
     Raises BadInput (nothing there, pickled weights, quantized in a way that is not read), CorruptArtifact (truncated or
     malformed files) or UnknownArchitecture (transformers has no class for it).
@@ -105,12 +106,12 @@ def open_source(
     path = Path(model).expanduser()
     origin = str(model)
     if path.is_dir():
-        packed = sorted(path.glob("*.gguf"))
-        if any(path.glob("*.safetensors")) or not packed:
+        files = sorted(path.glob("*.gguf"))
+        if any(path.glob("*.safetensors")) or not files:
             return _inspect(path, origin, trust_remote_code)
-        if len(packed) > 1:
-            raise BadInput(f"{path} holds {len(packed)} .gguf files; give the path of one of them: {packed[0]}, ...")
-        path = packed[0]
+        if len(files) > 1:
+            raise BadInput(f"{path} holds {len(files)} .gguf files; give the path of one of them: {files[0]}, ...")
+        path = files[0]
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise BadInput(f"{path} is a file but no .gguf; give the folder that holds config.json and the weights.")
