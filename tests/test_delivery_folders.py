@@ -119,7 +119,7 @@ def test_less_is_impossible(model: Callable[..., Path], settings: dict[str, Any]
         ({"memory": "1GB", "size": None}, "give --size instead of --memory"),
         ({"engine": "llama.cpp", "tensor_parallel": 2}, r"llama\.cpp does not split layers over processors"),
         ({"engine": "transformers", "tensor_parallel": 2}, "transformers does not split layers"),
-        ({"engine": "vlm"}, "engine 'vlm' is unknown; use transformers or"),
+        ({"engine": "vlm"}, "engine 'vlm' is unknown; use transformers or .* or sglang"),
         ({"engine": "vllm", "candidates": ("int3:g64",)}, "compressed-tensors cannot run int3:g64"),
     ],
 )
@@ -191,6 +191,9 @@ def test_artifacts_are_exported(model: Callable[..., Path], settings: dict[str, 
     api.compress(model(), tmp_path / "bad", size="60%", candidates=("sint4:g64:bf16",), **settings)
     with pytest.raises(BadInput, match="look up the rows of an embedding"):
         api.export(tmp_path / "bad", tmp_path / "y", engine=NAME, **cache)
+    model(intermediate_size=128)
+    with pytest.raises(BadInput, match="which has other layers by now"):
+        api.export(tmp_path / "good", tmp_path / "y", engine=NAME, **cache)
     assert not list(tmp_path.glob("*y*"))
 
 

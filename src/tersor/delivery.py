@@ -260,7 +260,12 @@ def export_to(
     _check_output(engine, output, overwrite)
     artifact = open_whole(folder)
     engine.check(sorted({str(codec) for codec in artifact.layers.values()}))
-    job = _job(engine, artifact.manifest.source.origin, options, cache_dir)
+    origin = artifact.manifest.source.origin
+    job = _job(engine, origin, options, cache_dir)
+    if dict(artifact.manifest.shapes) != {layer.name: layer.stored_shape for layer in job.target.anatomy.layers}:
+        raise BadInput(
+            f"{folder} was made from {origin}, which has other layers by now; put the same model there again."
+        )
     check_codecs(engine, job.target.anatomy, artifact.layers, options.tensor_parallel)
     return write_file(folder, output, job.target)
 

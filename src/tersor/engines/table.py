@@ -24,7 +24,7 @@ def find_engine(name: str) -> Engine | None:
         return None
     name = ALIASES.get(name, name)
     if name not in ENGINES:
-        raise BadInput(f"The engine {name!r} is unknown; use {' or '.join((NATIVE, *ENGINES))}.")
+        raise BadInput(f"The engine {name!r} is unknown; use {' or '.join((NATIVE, *ENGINES, *ALIASES))}.")
     return ENGINES[name]
 
 
