@@ -235,8 +235,19 @@ def test_outputs_that_cannot_be_written(refused: Callable[..., str], tmp_path: P
     taken.mkdir()
     (taken / "mine").write_text("precious")
     assert refused("-o", taken) == f"{taken} exists already; choose another --output, or add --overwrite to replace it."
+    assert refused("-o", taken, "--overwrite") == (
+        f"{taken} is a folder of other things, which would be lost; choose another --output."
+    )
     assert (taken / "mine").read_text() == "precious"
     assert f"The folder {tmp_path / 'a'} does not exist" in refused("-o", tmp_path / "a" / "b")
+
+
+@pytest.mark.parametrize("engine", ["transformers", "compressed-tensors"])
+def test_the_model_itself_is_never_replaced(refused: Callable[..., str], model: Path, engine: str) -> None:
+    before = {path: path.read_bytes() for path in model.iterdir()}
+    for output in (model, model.parent):
+        assert "would be lost; choose another --output." in refused("-o", output, "--overwrite", "--for", engine)
+    assert {path: path.read_bytes() for path in model.iterdir()} == before
 
 
 def test_a_plan_that_cannot_be_written_is_said_before_any_work(model: Path, tmp_path: Path) -> None:

@@ -238,3 +238,16 @@ def test_nothing_is_left_of_a_folder_that_reads_otherwise(
     with pytest.raises((VerificationFailed, CorruptArtifact)):
         api.export(tmp_path / "good", tmp_path / "x", engine=NAME, cache_dir=tmp_path / "cache")
     assert not list(tmp_path.glob("*x"))
+
+
+def test_a_quantized_source_is_never_replaced_by_what_is_made_of_it(
+    model: Callable[..., Path], settings: dict[str, Any], unproven: None, tmp_path: Path
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    source = model()
+    api.compress_for(NAME, source, first, size="60%", **settings)
+    with pytest.raises(BadInput, match="first holds the model itself"):
+        api.compress_for(NAME, first, first, size="50%", overwrite=True, **settings)
+    assert (first / "config.json").exists()
+    api.compress_for(NAME, first, second, size="60%", **settings)
+    api.compress_for(NAME, source, first, size="60%", overwrite=True, **settings)

@@ -178,7 +178,7 @@ def compress(
     dtype: Dtype = "bfloat16",
     workers: Workers = None,
     max_memory: MaxMemory = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Throw an interrupted run's work away.")] = False,
     trust_remote_code: Trust = False,
     revision: Revision = None,
@@ -268,7 +268,7 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="File or folder to write.")],
     to: Annotated[str, typer.Option("--to", help="The engine, named as for --for.")] = "llama.cpp",
     tensor_parallel: Ranks = 1,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")] = False,
 ) -> None:
     """Write an artifact as another engine's file."""
     from tersor import api

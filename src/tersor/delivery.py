@@ -161,6 +161,7 @@ def compress_for(
     """
     _check_output(engine, output, overwrite)
     job = _job(engine, model, options, cache_dir)
+    pipeline.check_replaceable(output, lambda _: True, job.source.path)
     inner, wanted = _inner(job, options) if given is None else _followed(job, options, given)
     folder = output.with_name(output.name + ".artifact")
     try:
@@ -177,12 +178,7 @@ def compress_for(
         )
     except Infeasible as error:
         raise _infeasible(error, job, wanted) from error
-    size = write_file(folder, output, job.target)
-    if size > wanted:
-        _remove(output)
-        raise VerificationFailed(
-            f"{output} would have {size:,} bytes, over the {wanted:,} asked for; please report this."
-        )
+    size = write_file(folder, output, job.target, most=wanted)
     os.replace(folder / "report.html", output.with_name(output.name + ".report.html"))
     result = replace(
         result,
@@ -211,6 +207,7 @@ def _check_output(engine: Engine, output: Path, overwrite: bool) -> None:
         raise BadInput(f"{output} exists already; choose another --output, or add --overwrite to replace it.")
     if not output.absolute().parent.is_dir():
         raise BadInput(f"The folder {output.absolute().parent} does not exist; make it, or choose another --output.")
+    pipeline.check_replaceable(output, engine.recognises)
 
 
 def _remove(output: Path) -> None:
@@ -220,11 +217,12 @@ def _remove(output: Path) -> None:
         output.unlink(missing_ok=True)
 
 
-def write_file(folder: Path, output: Path, target: Target) -> int:
+def write_file(folder: Path, output: Path, target: Target, *, most: int | None = None) -> int:
     """Write an artifact's tensors as the engine's file, and read it back. Returns the bytes that a budget counts.
 
-    Raises BadInput for an artifact with codecs that the engine cannot run, VerificationFailed when the file reads
-    otherwise than it was written.
+    ``most``: that they may be. Raises BadInput for an artifact with codecs that the engine cannot run,
+    VerificationFailed when the file is larger, or reads otherwise than it was written. What ``output`` was before is
+    replaced only when all is well.
     """
     artifact = open_whole(folder)
     layers = {layer.name: layer for layer in target.anatomy.layers}
@@ -246,6 +244,10 @@ def write_file(folder: Path, output: Path, target: Target) -> int:
                 raise VerificationFailed(
                     f"{output} does not hold {name} as it was written; check the disk and run again."
                 )
+        if most is not None and stored.nbytes > most:
+            raise VerificationFailed(
+                f"{output} would have {stored.nbytes:,} bytes, over the {most:,} asked for; please report this."
+            )
         _remove(output)
         os.replace(partial, output)
     finally:
@@ -266,6 +268,7 @@ def export_to(
         raise BadInput(
             f"{folder} was made from {origin}, which has other layers by now; put the same model there again."
         )
+    pipeline.check_replaceable(output, lambda _: True, job.source.path)
     check_codecs(engine, job.target.anatomy, artifact.layers, options.tensor_parallel)
     return write_file(folder, output, job.target)
 

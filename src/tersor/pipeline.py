@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -45,6 +45,7 @@ from tersor.stages.allocate import (
 from tersor.stages.context import Context, Progress, silent
 from tersor.stages.encode import encode_model
 from tersor.stages.estimate import Estimate, check_disk, choose_workers, chunk_sequences, disk_bytes, estimate
+from tersor.stages.evaluate import is_artifact
 from tersor.stages.fast import fast_curves
 from tersor.stages.options import Budget, Options
 from tersor.stages.sensitivity import measure_sensitivity
@@ -206,6 +207,7 @@ def compress(
     try:
         with clock.stage("open"):
             source, body, anatomy = examine(model, options, cache_dir=cache_dir)
+        check_replaceable(output, lambda _: True, source.path)
         workers = choose_workers(anatomy, options, available_workers())
         context = _context(source, body, anatomy, options, Work(partial), workers, progress)
         given = None if given is None else sized_plan(anatomy, given, options.budget)
@@ -367,10 +369,22 @@ def _claim(output: Path, *, overwrite: bool, restart: bool) -> Path:
         raise _exists(output)
     if not output.absolute().parent.is_dir():
         raise BadInput(f"The folder {output.absolute().parent} does not exist; make it, or choose another --output.")
+    check_replaceable(output, lambda folder: is_artifact(folder) or (folder / STATE_FOLDER).exists())
     partial = partial_path(output)
     if restart:
         shutil.rmtree(partial, ignore_errors=True)
     return partial
+
+
+def check_replaceable(output: Path, ours: Callable[[Path], bool], source: Path | None = None) -> None:
+    """Raise BadInput where putting something in the place of ``output`` would remove what no run of ours has made.
+
+    ``ours(folder)``: whether a folder is of the kind that is to be written. ``source``: of the model, if on disk.
+    """
+    if source is not None and output.resolve() in (source.resolve(), *source.resolve().parents):
+        raise BadInput(f"{output} holds the model itself, which would be lost; choose another --output.")
+    if output.is_dir() and any(output.iterdir()) and not ours(output):
+        raise BadInput(f"{output} is a folder of other things, which would be lost; choose another --output.")
 
 
 def _exists(output: Path) -> BadInput:
