@@ -4,7 +4,9 @@ For each of llama.cpp's own kinds of file (``--kinds``) its quantizer makes one 
 calibration text, and tersor one of at most the same bytes from the same text. llama.cpp then computes logits of both on
 the same held-out windows, which are compared with the float32 reference's; and generates from both in turn, for the
 speed. The second model has widths that 256 divides, so that K and IQ types apply everywhere: on the first, both sides
-fall back to other types in most layers. What is done is kept in the work folder, so a stopped benchmark continues.
+fall back to other types in most layers. Its inputs span 576 of their 768 dimensions, and error feedback can put errors
+into the others, which llama.cpp's quantizer cannot: where K and IQ types apply on both, the first model is the fairer
+one. What is done is kept in the work folder, so a stopped benchmark continues.
 
     python benchmarks/engines.py --model FOLDER --wide WIDE_FOLDER --text TEXT [--kinds Q4_K_M,Q2_K] [--out RESULT.json]
 """
