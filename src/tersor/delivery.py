@@ -161,7 +161,7 @@ def compress_for(
     """
     _check_output(engine, output, overwrite)
     job = _job(engine, model, options, cache_dir)
-    pipeline.check_replaceable(output, lambda _: True, job.source.path)
+    pipeline.check_not_source(output, job.source)
     inner, wanted = _inner(job, options) if given is None else _followed(job, options, given)
     folder = output.with_name(output.name + ".artifact")
     try:
@@ -268,7 +268,7 @@ def export_to(
         raise BadInput(
             f"{folder} was made from {origin}, which has other layers by now; put the same model there again."
         )
-    pipeline.check_replaceable(output, lambda _: True, job.source.path)
+    pipeline.check_not_source(output, job.source)
     check_codecs(engine, job.target.anatomy, artifact.layers, options.tensor_parallel)
     return write_file(folder, output, job.target)
 

@@ -207,7 +207,7 @@ def compress(
     try:
         with clock.stage("open"):
             source, body, anatomy = examine(model, options, cache_dir=cache_dir)
-        check_replaceable(output, lambda _: True, source.path)
+        check_not_source(output, source)
         workers = choose_workers(anatomy, options, available_workers())
         context = _context(source, body, anatomy, options, Work(partial), workers, progress)
         given = None if given is None else sized_plan(anatomy, given, options.budget)
@@ -376,15 +376,17 @@ def _claim(output: Path, *, overwrite: bool, restart: bool) -> Path:
     return partial
 
 
-def check_replaceable(output: Path, ours: Callable[[Path], bool], source: Path | None = None) -> None:
-    """Raise BadInput where putting something in the place of ``output`` would remove what no run of ours has made.
-
-    ``ours(folder)``: whether a folder is of the kind that is to be written. ``source``: of the model, if on disk.
-    """
-    if source is not None and output.resolve() in (source.resolve(), *source.resolve().parents):
-        raise BadInput(f"{output} holds the model itself, which would be lost; choose another --output.")
+def check_replaceable(output: Path, ours: Callable[[Path], bool]) -> None:
+    """Raise BadInput for a folder ``output`` with anything in it unless ``ours(output)``: it would be removed whole."""
     if output.is_dir() and any(output.iterdir()) and not ours(output):
         raise BadInput(f"{output} is a folder of other things, which would be lost; choose another --output.")
+
+
+def check_not_source(output: Path, source: Source) -> None:
+    """Raise BadInput where ``output`` is the model's own folder, or one that it lies in."""
+    path = source.path.resolve()
+    if output.resolve() in (path, *path.parents):
+        raise BadInput(f"{output} holds the model itself, which would be lost; choose another --output.")
 
 
 def _exists(output: Path) -> BadInput:
