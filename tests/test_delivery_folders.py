@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
-import byte_tokenizer
-import tiny_models
 import tiny_runs
 from tersor import api
 from tersor.artifact import plan_to_json
@@ -26,18 +24,11 @@ pytest.importorskip("compressed_tensors")
 
 NAME = "compressed-tensors"
 SETTINGS: dict[str, Any] = {**tiny_runs.SETTINGS, "eval_sequences": 2, "effort": "fast"}
-WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 32}
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Callable[..., Path]:
-    def make(family: str = "llama", **options: object) -> Path:
-        folder = tmp_path / f"model-{family}"
-        tiny_models.build(family, **{**WIDE, **options}).to(torch.bfloat16).save_pretrained(folder)
-        byte_tokenizer.tokenizer().save_pretrained(folder)
-        return folder
-
-    return make
+    return partial(tiny_runs.wide_model, tmp_path)
 
 
 @pytest.fixture

@@ -7,6 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+
+import byte_tokenizer
+import tiny_models
 import tiny_tokenizer
 
 SETTINGS: dict[str, Any] = {
@@ -33,4 +37,13 @@ def with_tokenizer(model: Path, folder: Path) -> Path:
     """A copy of a model's folder in ``folder``, with a tokenizer of one token a character."""
     shutil.copytree(model, folder, dirs_exist_ok=True)
     tiny_tokenizer.build().save_pretrained(folder)
+    return folder
+
+
+def wide_model(parent: Path, family: str = "llama", **options: object) -> Path:
+    """A folder in ``parent`` with a model whose widths the groups and words of other engines divide."""
+    folder = parent / f"model-{family}"
+    widths = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 32}
+    tiny_models.build(family, **{**widths, **options}).to(torch.bfloat16).save_pretrained(folder)
+    byte_tokenizer.tokenizer().save_pretrained(folder)
     return folder

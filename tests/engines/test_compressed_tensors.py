@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import byte_tokenizer
-import tiny_models
 import tiny_runs
 from tersor.anatomy import Source, analyse, open_source, skeleton
 from tersor.anatomy.shards import list_tensors
@@ -32,18 +31,11 @@ quantization = pytest.importorskip("compressed_tensors.quantization")
 compressors = pytest.importorskip("compressed_tensors.compressors")
 
 SETTINGS: dict[str, Any] = {**tiny_runs.SETTINGS, "eval_sequences": 2}
-WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 32}
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Callable[..., Path]:
-    def make(family: str = "llama", **options: object) -> Path:
-        folder = tmp_path / f"model-{family}"
-        tiny_models.build(family, **{**WIDE, **options}).to(torch.bfloat16).save_pretrained(folder)
-        byte_tokenizer.tokenizer().save_pretrained(folder)
-        return folder
-
-    return make
+    return partial(tiny_runs.wide_model, tmp_path)
 
 
 @pytest.fixture
