@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ NOTE = "tersor-source.json"
 _VERSION = b"tersor source 1"
 _GGUF_VERSION = b"tersor source 3"
 _SHARD = "2GB"
-_TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens_map.json", "*.jinja")
+_TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens_map.json", "*.jinja", "*/*.jinja")
 
 
 def from_gguf(file: Path, cache_dir: Path | None) -> tuple[Path, str | None]:
@@ -86,8 +86,9 @@ def from_module(model: nn.Module, cache_dir: Path | None) -> Path:
         twin = copy.copy(model)  # saving writes into the configuration: into a copy of it
         twin.config, twin.generation_config = copy.deepcopy((model.config, getattr(model, "generation_config", None)))
         twin.save_pretrained(folder, max_shard_size=_SHARD)
-        for path in side:
-            shutil.copyfile(path, folder / path.name)
+        for name, path in side.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, folder / name)
 
     return _once(cache_folder(cache_dir), key, write)
 
@@ -127,7 +128,7 @@ def _once(root: Path, key: str, write: Callable[[Path], None]) -> Path:
     return final
 
 
-def _module_bytes(model: PreTrainedModel, side: list[Path]) -> Iterator[bytes]:
+def _module_bytes(model: PreTrainedModel, side: Mapping[str, Path]) -> Iterator[bytes]:
     yield from (_VERSION, transformers.__version__.encode(), type(model).__name__.encode())
     yield model.config.to_json_string(use_diff=False).encode()
     for name, tensor in sorted(model.state_dict().items()):
@@ -135,17 +136,18 @@ def _module_bytes(model: PreTrainedModel, side: list[Path]) -> Iterator[bytes]:
         flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         for start in range(0, flat.numel(), 1 << 26):
             yield flat[start : start + (1 << 26)].numpy().tobytes()
-    for path in side:
-        yield path.name.encode()
+    for name, path in side.items():
+        yield name.encode()
         yield path.read_bytes()
 
 
-def _tokenizer_files(model: PreTrainedModel) -> list[Path]:
-    """Tokenizer files of the local folder a model object was loaded from, if it was."""
+def _tokenizer_files(model: PreTrainedModel) -> dict[str, Path]:
+    """Tokenizer files of the local folder a model object was loaded from, if it was, by their path in it."""
     folder = Path(getattr(model, "name_or_path", "") or "/nowhere")
     if not folder.is_dir():
-        return []
-    return sorted({file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()})
+        return {}
+    found = sorted({file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()})
+    return {file.relative_to(folder).as_posix(): file for file in found}
 
 
 def _check_packages(file: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,13 @@ class Source:
     def plain_config(self) -> dict[str, Any]:
         """config.json without what it says of quantization."""
         return packed.without_settings(_read_config(self.path))
+
+    def copy_side_files(self, folder: Path) -> None:
+        """Copy the side files into ``folder``, those of a subfolder (further chat templates) into one of that name."""
+        for file in self.side_files:
+            copy = folder / file.relative_to(self.path)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
 
     def stamp(self) -> str:
         """SHA-256 (hex) over the weight files' names, sizes and times of change: moved by any edit, and by a copy."""

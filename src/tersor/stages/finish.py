@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import resource
-import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -84,8 +83,7 @@ def write_folder(
     texts: Texts,
 ) -> None:
     """Everything beside the weights that makes the folder an artifact: configuration, tokenizer, text, manifest."""
-    for path in context.source.side_files:
-        shutil.copyfile(path, folder / path.name)
+    context.source.copy_side_files(folder)
     config = context.source.plain_config()
     # A head declared tied whose weights differ in the files is a layer of its own; the model class must know.
     config["tie_word_embeddings"] = bool(getattr(context.model.config, "tie_word_embeddings", False))

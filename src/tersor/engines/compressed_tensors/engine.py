@@ -23,6 +23,7 @@ from tersor.contracts import Anatomy, Codec, Layer
 from tersor.engines.compressed_tensors import rules
 from tersor.engines.compressed_tensors.files import SHARD, Entry, cost, file_bytes, stored_bytes, write_files
 from tersor.engines.compressed_tensors.forms import DENSE, FORMS, Form, form_of, text_of
+from tersor.engines.compressed_tensors.inputs import rounding
 from tersor.engines.compressed_tensors.process import run
 from tersor.engines.contract import Engine, Read
 from tersor.errors import BadInput, CorruptArtifact
@@ -130,10 +131,7 @@ class FolderTarget:
         path.mkdir()
         try:
             write_files(path, list(owners), value, self.shard)
-            for file in self.source.side_files:
-                target = path / file.relative_to(self.source.path)
-                target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, target)
+            self.source.copy_side_files(path)
             (path / "config.json").write_text(json.dumps(self._config(texts), indent=2) + "\n", encoding="utf-8")
         except BaseException:
             shutil.rmtree(path, ignore_errors=True)
@@ -322,4 +320,5 @@ ENGINE = Engine(
     together=rules.together,
     fallback=DENSE,
     splits=True,
+    inputs=rounding,
 )

@@ -56,10 +56,7 @@ def write_folder(
                 file.write(b"\0" * (entry.offset - file.tell()))
                 file.write(_raw(tensor))
         (partial / "config.json").write_text(json.dumps(source.plain_config(), indent=2) + "\n", encoding="utf-8")
-        for side in source.side_files:
-            copy = partial / side.relative_to(source.path)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(side, copy)
+        source.copy_side_files(partial)
         os.replace(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
