@@ -66,7 +66,7 @@ def engine_for(options: Options) -> Engine | None:
 
 def _job(engine: Engine, model: str | Path | nn.Module, options: Options, cache_dir: Path | None) -> _Job:
     source, body, anatomy = pipeline.examine(model, options, cache_dir=cache_dir)
-    target = engine.open(source, anatomy)
+    target = engine.open(source, anatomy, cache_dir)
     return _Job(engine, source, body, target, target.overhead(dense_layout(anatomy).total_bytes))
 
 

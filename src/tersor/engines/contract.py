@@ -65,6 +65,14 @@ class Target(Protocol):
         ...
 
 
+class Opener(Protocol):
+    """How an engine makes a target of a model."""
+
+    def __call__(self, source: Source, anatomy: Anatomy, cache_dir: Path | None = None) -> Target:
+        """``cache_dir``: where what takes long to make is kept (default: the user's cache folder)."""
+        ...
+
+
 class Running(Protocol):
     """A model as the engine runs it."""
 
@@ -82,7 +90,7 @@ class Engine:
     run anywhere. ``refuses(anatomy, layer, codec, ranks)``: why this layer cannot have that codec when split over
     ``ranks`` processors, or None. ``together(layer)``: key of the layers that it fuses, which need one codec.
     ``fallback``: what a layer gets for which no candidate is left; empty where that is an error. ``splits``: whether
-    it can split layers over processors. ``open(source, anatomy)``: see :class:`Target`. ``recognises(path)``: whether
+    it can split layers over processors. ``open``: see :class:`Opener`. ``recognises(path)``: whether
     a file or folder is one of its. ``installed()``, ``run(path, length, threads)``: the real engine, which raises
     EngineFailed.
     """
@@ -92,7 +100,7 @@ class Engine:
     package: str
     candidates: Callable[[str], tuple[str, ...]]
     check: Callable[[Sequence[str]], None]
-    open: Callable[[Source, Anatomy], Target]
+    open: Opener
     recognises: Callable[[Path], bool]
     installed: Callable[[], bool]
     run: Callable[[Path, int, int], AbstractContextManager[Running]]

@@ -275,7 +275,7 @@ def _text_in(layer: Layer, schemes: Mapping[str, str], ignored: Sequence[str]) -
     return DENSE if found is None else schemes[found]
 
 
-def _open(source: Source, anatomy: Anatomy) -> FolderTarget:
+def _open(source: Source, anatomy: Anatomy, _cache_dir: Path | None = None) -> FolderTarget:
     library()
     loader = WeightLoader(source, skeleton(source))
     parameters = [*(layer.parameter for layer in anatomy.layers), *anatomy.kept]

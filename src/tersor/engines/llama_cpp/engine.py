@@ -174,7 +174,7 @@ class GgufTarget:
         return Stored(path, self.recipe)
 
 
-def _open(source: Source, anatomy: Anatomy) -> GgufTarget:
+def _open(source: Source, anatomy: Anatomy, _cache_dir: Path | None = None) -> GgufTarget:
     name = Path(source.origin).stem or anatomy.model_type
     return GgufTarget(open_recipe(anatomy, source.config, source.path, name))
 

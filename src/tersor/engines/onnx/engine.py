@@ -10,7 +10,7 @@ from tersor.anatomy import Source
 from tersor.codecs import parse
 from tersor.codecs.dense import Dense
 from tersor.contracts import Anatomy, Codec, Layer
-from tersor.engines.contract import Engine, Read
+from tersor.engines.contract import Engine, Opener, Read
 from tersor.engines.onnx.build import ALIGNMENT, ENGINE, Built, build
 from tersor.engines.onnx.files import MODEL, Folder, open_model, write_folder
 from tersor.engines.onnx.graph import open_graph
@@ -106,7 +106,7 @@ def _check(operators: Operators, examples: Sequence[str]) -> Callable[[Sequence[
     return check
 
 
-def _opener(operators: Operators, texts: Sequence[str]) -> Callable[[Source, Anatomy], OnnxTarget]:
+def _opener(operators: Operators, texts: Sequence[str]) -> Opener:
     """``texts``: codecs among which every form is that a graph can give to layers."""
     refuses = _refuses(operators)
 
@@ -123,12 +123,12 @@ def _opener(operators: Operators, texts: Sequence[str]) -> Callable[[Source, Ana
         ]
         return min(fits, key=lambda text: (form(text) != wanted, text == _DENSE))
 
-    def open_target(source: Source, anatomy: Anatomy) -> OnnxTarget:
+    def open_target(source: Source, anatomy: Anatomy, cache_dir: Path | None = None) -> OnnxTarget:
         forms = tuple(
             {layer.name: chosen(anatomy, layer, wanted) for layer in anatomy.layers}
             for wanted in sorted(set(map(form, texts)))
         )
-        target = OnnxTarget(source, anatomy, open_graph(source), operators, forms)
+        target = OnnxTarget(source, anatomy, open_graph(source, cache_dir), operators, forms)
         target.file_bytes(forms[-1])  # finds now what the graph has no place for
         return target
 

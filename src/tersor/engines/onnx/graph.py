@@ -16,6 +16,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,24 +50,28 @@ def packages() -> Any:
     return onnx_ir
 
 
-def open_graph(source: Source) -> bytes:
+def open_graph(source: Source, cache_dir: Path | None = None) -> bytes:
     """The graph of ``source`` as a serialised ``onnx.ModelProto``: float32, no weights, any batch and length.
 
     Inputs are ``input_ids``, ``attention_mask``, ``position_ids`` and, by layer, ``past_key_values.N.key`` and
     ``.value`` ``(batch, heads, past, width)``, and then one for each parameter, of its canonical name. Outputs are
-    ``logits`` and ``present.N.key`` and ``.value``. Kept in the user's cache folder. Raises BadInput where a package
-    is missing, EngineFailed for a model that the exporter cannot take.
+    ``logits`` and ``present.N.key`` and ``.value``. Kept in ``cache_dir`` (default: the user's cache folder). Raises
+    BadInput where a package is missing, EngineFailed for a model that the exporter cannot take.
     """
     packages()
     model = skeleton(source)
-    path = cache_folder() / "onnx" / f"{_key(model)}.onnx"
+    path = cache_folder(cache_dir) / "onnx" / f"{_key(model)}.onnx"
     if path.is_file():
         return path.read_bytes()
     made = _export(model)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
-        file.write(made)
-    os.replace(file.name, path)
+    handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(made)
+        os.replace(partial, path)
+    finally:
+        Path(partial).unlink(missing_ok=True)
     return made
 
 
