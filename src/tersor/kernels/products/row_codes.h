@@ -1,0 +1,60 @@
+// Weights stored as codes of 1 to 8 bits, row by row, with a scale for every group of columns: integers, small floats,
+// lookup tables, ternary and binary planes. Worked on as they are stored.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "activations.h"
+#include "product.h"
+
+namespace tersor {
+
+enum class ScaleKind { fp16, bf16, s8 };
+
+// W[r, c] = factor[r] * scale[r, c / group] * (u - zero[r, c / group]), where u is the code of bits `bits` at bit
+// c * bits of row r, little-endian, or an entry of a table at that place.
+struct RowLayout {
+    int64_t rows, columns, row_bytes, group, groups;
+    int bits;
+    const uint8_t* codes;  // (rows, row_bytes)
+
+    ScaleKind kind;
+    const void* scale;             // (rows, groups): 16 bits, or 8 bits with `super`; null: all ones
+    const uint16_t* super;         // (rows,) float16: what the scales of s8 are multiplied by
+    const uint8_t* zero;           // (rows, zero_bytes): codes of `bits` bits, one a group; null: `middle`
+    int64_t zero_bytes;
+
+    // Tables, of 2^bits entries of 8 or 16 bits: their high and low bytes. Padded to 64 or 256 entries.
+    int table_planes;  // 0: no table, u is the code itself; 1: `low` alone; 2: 256 * high + low
+    int64_t tables, table_width;
+    std::vector<uint8_t> high, low;     // (tables, table_width)
+    std::vector<float> values;          // (tables, table_width): u as a float
+    std::vector<float> factor, middle;  // (tables,), or one of each
+
+    bool wide_table() const { return table_width > 64; }
+};
+
+// A token's inputs as the loops take them.
+struct RowInputs {
+    explicit RowInputs(const Activations& rounded, const RowLayout& layout);
+
+    const Activations& rounded;
+    std::vector<float> group_sums;  // (tokens, groups): sums of the integers that stand for the inputs
+    std::vector<float> values;      // (tokens, width): those integers, for the loops without integer products
+};
+
+// Scales, and scales times zeros, of one row as floats; with room for whole vectors after the end.
+struct RowScales {
+    explicit RowScales(const RowLayout& layout) : scale(layout.groups + 32), shifted(layout.groups + 32) {}
+    void expand(const RowLayout& layout, int64_t row);
+    std::vector<float> scale, shifted;
+};
+
+// Rows [first, last) for all tokens: y[t * stride + r].
+using RowLoop = void (*)(const RowLayout&, const RowInputs&, int64_t first, int64_t last, float* y, int64_t stride);
+void rows_portable(const RowLayout&, const RowInputs&, int64_t first, int64_t last, float* y, int64_t stride);
+void rows_avx2(const RowLayout&, const RowInputs&, int64_t first, int64_t last, float* y, int64_t stride);
+void rows_avx512(const RowLayout&, const RowInputs&, int64_t first, int64_t last, float* y, int64_t stride);
+
+}  // namespace tersor
