@@ -68,7 +68,7 @@ class Target(Protocol):
 class Opener(Protocol):
     """How an engine makes a target of a model."""
 
-    def __call__(self, source: Source, anatomy: Anatomy, cache_dir: Path | None = None) -> Target:
+    def __call__(self, source: Source, anatomy: Anatomy, cache_dir: Path | None = None, /) -> Target:
         """``cache_dir``: where what takes long to make is kept (default: the user's cache folder)."""
         ...
 

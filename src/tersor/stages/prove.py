@@ -13,7 +13,7 @@ from tersor.anatomy import Source, WeightLoader
 from tersor.codecs import parse
 from tersor.contracts import Anatomy, Layer, Quality
 from tersor.engines.contract import Engine, Stored, Target
-from tersor.evaluation.divergence import DivergenceAccumulator, compare_logits
+from tersor.evaluation.divergence import DivergenceAccumulator, TokenComparison, compare_logits, join
 from tersor.runtime.stream import BlockStream
 from tersor.stages.context import Progress, as_parameter
 from tersor.stages.verify import HEAD_TOKENS, decoding_loader, final_states
@@ -77,21 +77,9 @@ def prove_file(
         with first.head_module(), second.head_module(), engine.run(path, ids.shape[1], workers) as run:
             for row, sequence in enumerate(ids):
                 theirs = run.logits(sequence.tolist())[:-1]
-                compared = [None, None, None]
-                for start in range(0, len(theirs), HEAD_TOKENS):
-                    here = slice(start, start + HEAD_TOKENS)
-                    with torch.no_grad():
-                        wanted, ours = (
-                            stream.head(one[row : row + 1, :-1][:, here])[0].float()
-                            for stream, one in zip((first, second), hidden, strict=True)
-                        )
-                    targets = sequence[1:][here]
-                    pairs = ((wanted, theirs[here]), (wanted, ours), (ours, theirs[here]))
-                    for index, pair in enumerate(pairs):
-                        found = compare_logits(*pair, targets)
-                        compared[index] = found if compared[index] is None else compared[index] + found  # type: ignore[assignment,operator]
-                for total, one in zip(totals, compared, strict=True):
-                    assert one is not None
+                mine = [one[row : row + 1, :-1] for one in hidden]
+                found = _three_ways((first, second), mine, theirs, sequence[1:])
+                for total, one in zip(totals, found, strict=True):
                     total.add(one)
                 progress(STAGE, len(anatomy.blocks) + row + 1, steps)
     finally:
@@ -99,3 +87,21 @@ def prove_file(
         second.close()
     by_engine, predicted, between = (total.quality(origin) for total in totals)
     return Proof(path, engine.name, by_engine, predicted, between.kl, stored.nbytes)
+
+
+def _three_ways(
+    streams: tuple[BlockStream, BlockStream], hidden: Sequence[Tensor], theirs: Tensor, targets: Tensor
+) -> tuple[TokenComparison, ...]:
+    """One sequence: the engine against the source, our decoding against the source, the engine against our decoding.
+
+    ``hidden``: both streams' ``(1, tokens, width)`` after the last block; ``theirs (tokens, vocabulary)``: the engine's
+    logits. Ours are there for at most HEAD_TOKENS tokens at a time.
+    """
+    pieces = []
+    for start in range(0, len(theirs), HEAD_TOKENS):
+        here = slice(start, start + HEAD_TOKENS)
+        with torch.no_grad():
+            wanted, ours = (stream.head(one[:, here])[0].float() for stream, one in zip(streams, hidden, strict=True))
+        pairs = ((wanted, theirs[here]), (wanted, ours), (ours, theirs[here]))
+        pieces.append([compare_logits(*pair, targets[here]) for pair in pairs])
+    return tuple(join(parts) for parts in zip(*pieces, strict=True))

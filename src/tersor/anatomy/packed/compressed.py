@@ -8,9 +8,10 @@
 * ``weight_scale``: one, ``(out, 1)``, ``(out, G)``, or one for each block of rows and columns. ``weight_g_idx``
   ``(in)``: the group of each input where inputs were sorted; else input ``i`` is in group ``i // (in / G)``.
 * ``quant_method: fp8``: ``weight`` float8 and ``weight_scale_inv``, one for each block of ``weight_block_size``, or
-  one in all.
+  one in all; a float, or E8M0, the power of two of the OCP microscaling formats.
 
-``weight = (code − zero) · scale``, rounded once to the type of the scales. What files say of activations is left out.
+``weight = (code − zero) · scale``, rounded once to the type of the scales (to that of the model where they are E8M0).
+What files say of activations is left out.
 Described after compressed-tensors 0.19 and transformers' ``quantizers/quantizer_finegrained_fp8.py`` (both Apache-2.0).
 """
 
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from tersor.anatomy.packed.module import (
     FLOATS,
+    POWERS,
     Module,
     Packed,
     check_groups,
@@ -171,7 +173,7 @@ def _index(module: Module, inputs: int, groups: int) -> tuple[TensorInfo | None,
 
 
 def _plain(module: Module, leaf: str, block: tuple[int, int] | None, settings: Mapping[str, Any]) -> Packed:
-    codes, scales = module.need("weight", _PLAIN), module.need(leaf, FLOATS)
+    codes, scales = module.need("weight", _PLAIN), module.need(leaf, (*FLOATS, *POWERS))
     if len(codes.shape) != 2:
         raise CorruptArtifact(f"Tensor {codes.name} in {codes.file} has the shape {codes.shape}, expected two axes.")
     outputs, inputs = codes.shape

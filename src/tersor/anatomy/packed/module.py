@@ -69,6 +69,8 @@ def check_groups(index: TensorInfo, low: int, high: int, groups: int) -> None:
 
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+POWERS = tuple(getattr(torch, name) for name in ("float8_e8m0fnu",) if hasattr(torch, name))
+"""Types that hold powers of two alone, in versions of torch that have them."""
 
 
 def modules_with(tensors: Mapping[str, TensorInfo], leaf: str) -> Iterator[Module]:
@@ -98,9 +100,12 @@ def computed(
 def weight_type(scales: torch.dtype, settings: Mapping[str, Any]) -> torch.dtype:
     """The type that dequantized weights get: that of the scales, as in the layouts' own programs.
 
-    Scales of 32 bits would make weights of 32 bits, which no engine computes with: then the type of the model.
+    Scales of 32 bits would make weights of 32 bits, which no engine computes with: then the type of the model. Scales
+    that are powers of two and nothing else (E8M0) are no type for weights either: then that of the model, or bfloat16.
     """
     declared = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(str(settings.get("dtype")))
+    if scales in POWERS:
+        return declared or torch.bfloat16
     return declared if scales == torch.float32 and declared is not None else scales
 
 

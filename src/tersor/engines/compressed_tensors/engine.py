@@ -33,6 +33,8 @@ METHOD = "compressed-tensors"
 _MIXED = "mixed-precision"
 _PATTERN = "re:"
 """What targets begin with that are patterns and not names."""
+_OTHER_SCALES = (torch.float16, torch.float32)
+"""Types of scales that other programs write, where ours are bfloat16."""
 _DIGITS = 13
 """Of the largest offset in a header, and of how many the artifact's may be shorter than the folder's."""
 
@@ -204,6 +206,13 @@ class StoredFolder:
         wanted = {entry.name: entry for entry, _ in self._target.entries(self.texts)}
         for name, entry in wanted.items():
             info = self._tensors.get(name)
+            other = info is not None and entry.dtype == torch.bfloat16 and info.dtype in _OTHER_SCALES
+            if info is not None and other and name.endswith(".weight_scale"):
+                kind = str(info.dtype).removeprefix("torch.")
+                raise BadInput(
+                    f"{path} stores scales as {kind} ({name}), which tersor does not read here; it reads scales in "
+                    f"bfloat16, as it writes them."
+                )
             if info is None or (info.dtype, info.shape) != (entry.dtype, entry.shape):
                 found = "is not there" if info is None else f"is {info.dtype} {info.shape}"
                 raise CorruptArtifact(f"{path}: the tensor {name!r} must be {entry.dtype} {entry.shape} and {found}.")
