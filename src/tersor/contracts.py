@@ -236,11 +236,13 @@ class LeafCodec(Codec):
 class Gram:
     """Second moment of a layer's inputs: ``matrix (in, in)`` float32, mean over ``tokens`` tokens of ``x xᵀ``.
 
-    ``damped``: a codec added to the diagonal all that is wanted."""
+    ``damped``: a codec added to the diagonal all that is wanted. ``reach``: the greatest magnitude of any entry of
+    these inputs; None where not known."""
 
     matrix: Tensor
     tokens: int
     damped: bool = False
+    reach: float | None = None
 
 
 class Solver(ABC):

@@ -8,12 +8,13 @@ import torch
 from leaf_checks import check_numpy_decoder, correlated_gram, gaussian, leaf, squared_error
 from tersor.artifact import decoder_numpy_signed
 from tersor.codecs import SignedInteger, parse
+from tersor.contracts import Gram
 from tersor.errors import BadInput, ShapeMismatch
 from tersor.solvers import CoordinateDescent, Encoder, ErrorFeedback, Nearest
 
 
 @pytest.mark.parametrize(
-    "text", ["sint4:g128:bf16", "sint4:g64", "sint3:g24:bf16", "sint8:row:bf16:a8", "sint2:g8", "sint5:row"]
+    "text", ["sint4:g128:bf16", "sint4:g64", "sint3:g24:bf16", "sint8:row:bf16:a8", "sint8:row:bf16:a8s", "sint2:g8"]
 )
 def test_numpy_decoder(text: str) -> None:
     assert str(parse(text)) == text
@@ -88,6 +89,8 @@ def test_rows_of_zeros_and_odd_sizes() -> None:
         ("sint4:g32:asym", "unknown option 'asym'"),
         ("sint4:row:a8", "sint8:row alone"),
         ("sint8:g64:a8", "sint8:row alone"),
+        ("sint8:g64:a8s", "sint8:row alone"),
+        ("sint8:row:a8:a8s", "unknown option 'a8'"),
         ("sint4", "say the group once"),
     ],
 )
@@ -101,7 +104,30 @@ def test_bad_shapes_and_parameters() -> None:
         leaf("sint4:g128").parts((3, 576))
     with pytest.raises(BadInput, match="8 or 16 bits, not 4"):
         SignedInteger(8, None, "bf16", 4)
+    with pytest.raises(BadInput, match="only inputs of 8 bits have a scale"):
+        SignedInteger(8, None, "bf16", static=True)
     with pytest.raises(ValueError, match="does not divide"):
         decoder_numpy_signed.parts("sint4:g128", 3, 576)
     with pytest.raises(ValueError, match="not of the form"):
         decoder_numpy_signed.parts("sint4:g32:a8", 3, 64)
+
+
+@pytest.mark.parametrize("reach", [1e-20, 0.3, 127.0, 130.1, 4e4])
+def test_the_scale_of_inputs_is_the_least_that_clips_none(reach: float) -> None:
+    gram = Gram(torch.eye(16), 5, reach=reach)
+    tensors, values = Encoder(Nearest())(gaussian(6, 16), leaf("sint8:row:bf16:a8s"), gram)
+    scale = tensors["input_scale"]
+    assert (scale.dtype, scale.shape) == (torch.bfloat16, (1,))
+    assert 1 - 2**-7 < reach / 127 / float(scale) <= 1
+    assert sum(tensor.nbytes for tensor in tensors.values()) * 8 == leaf("sint8:row:bf16:a8s").bits((6, 16))
+    assert torch.equal(values, Encoder(Nearest())(gaussian(6, 16), leaf("sint8:row:bf16:a8"), gram)[1])
+
+
+def test_the_scale_of_inputs_outlives_packing_again() -> None:
+    codec, gram = leaf("sint8:row:bf16:a8s"), Gram(correlated_gram(16).matrix, 5, reach=2.5)
+    weight = gaussian(6, 16)
+    tensors, _ = Encoder(Nearest())(weight, codec, gram)
+    encoded = codec.unpack(tensors, (6, 16))
+    again = codec.pack(type(encoded)(encoded.codes, codec.refit(weight, encoded, gram.matrix)), (6, 16))
+    assert torch.equal(again["input_scale"], tensors["input_scale"])
+    assert float(Encoder(Nearest())(weight, codec, None)[0]["input_scale"]) == 0

@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny_runs
+from tersor import api
 from tersor.anatomy import Source, analyse, open_source, skeleton
 from tersor.anatomy.shards import list_tensors
 from tersor.artifact.layout import compute_layout
 from tersor.codecs import parse
-from tersor.contracts import Anatomy, Codec
+from tersor.contracts import Anatomy, Codec, Gram
 from tersor.engines.compressed_tensors.engine import ENGINE, FolderTarget
 from tersor.engines.compressed_tensors.files import Entry, file_bytes, write_files
 from tersor.engines.compressed_tensors.forms import DENSE, FORMS, text_of
@@ -30,6 +31,8 @@ from tersor.solvers import Encoder, Nearest
 quantization = pytest.importorskip("compressed_tensors.quantization")
 compressors = pytest.importorskip("compressed_tensors.compressors")
 
+REACH = 3.7
+"""The greatest magnitude of inputs that static scales are for."""
 SETTINGS: dict[str, Any] = {**tiny_runs.SETTINGS, "eval_sequences": 2}
 
 
@@ -63,7 +66,7 @@ class TestForms:
     def test_the_library_reads_what_we_store(self, text: str, shape: tuple[int, int]) -> None:
         """Its own decompressor gives our values, and its own compressor gives our bits from them."""
         form = FORMS[text]
-        parts, values = Encoder(Nearest())(weight_of(*shape), form.codec, None)
+        parts, values = Encoder(Nearest())(weight_of(*shape), form.codec, Gram(torch.eye(shape[1]), 1, reach=REACH))
         stored = form.put(parts, shape)
         assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in stored.items()} == form.spec(shape)
         back = form.get(stored, shape)
@@ -85,6 +88,8 @@ class TestForms:
         given = {"weight": values, "weight_scale": scale}
         if "weight_global_scale" in stored:
             given["weight_global_scale"] = stored["weight_global_scale"]
+        if "input_scale" in stored:
+            given["input_scale"] = stored["input_scale"]
         if "weight_zero_point" in plain:
             given["weight_zero_point"] = plain["weight_zero_point"]
         again = compressor.compress(given, scheme)
@@ -246,7 +251,8 @@ def written(folder: Path, output: Path, texts: list[str]) -> tuple[FolderTarget,
     for layer in anatomy.layers:
         weight = loader.load([layer.parameter])[layer.parameter].float()
         weight = (weight.transpose(-1, -2) if layer.transposed else weight).reshape(layer.stored_shape)
-        parts[layer.name] = Encoder(Nearest())(weight, codecs[layer.name], None)[0]
+        gram = Gram(torch.eye(layer.shape[1]), 1, reach=REACH)
+        parts[layer.name] = Encoder(Nearest())(weight, codecs[layer.name], gram)[0]
 
     def read(name: str) -> Any:
         return parts[name] if name in parts else loader.load([name])[name]
@@ -297,8 +303,69 @@ def check_run(folder: Path, output: Path, texts: list[str]) -> None:
     assert float((found - wanted).abs().max()) < 1e-4 * float(wanted.std())
 
 
-@pytest.mark.parametrize(("text", "noise"), [("sint8:row:bf16:a8", 0.06), ("fp8:e4m3:row:bf16", 0.2)])
+@pytest.mark.parametrize(
+    ("text", "noise"), [("sint8:row:bf16:a8", 0.06), ("sint8:row:bf16:a8s", 0.3), ("fp8:e4m3:row:bf16", 0.2)]
+)
 def test_inputs_are_rounded_as_it_runs(text: str, noise: float, model: Callable[..., Path], tmp_path: Path) -> None:
     """What the engine adds to the loss of weights: the more, the coarser it rounds inputs; and it does round them."""
     found, wanted = both(model(), tmp_path / "out", [text])
     assert 1e-3 < float((found - wanted).std() / wanted.std()) < noise
+
+
+@pytest.mark.parametrize("text", ["sint8:row:bf16:a8", "sint8:row:bf16:a8s", "fp8:e4m3:row:bf16"])
+def test_what_rounding_inputs_does_is_predicted(text: str, model: Callable[..., Path], tmp_path: Path) -> None:
+    """The library's own rounding of inputs, layer by layer, is ours to the bit."""
+    from compressed_tensors.quantization.lifecycle.forward import forward_quantize
+
+    form = FORMS[text]
+    parts, _ = Encoder(Nearest())(weight_of(24, 128), form.codec, Gram(torch.eye(128), 1, reach=REACH))
+    linear = torch.nn.Linear(128, 24, bias=False)
+    scheme = quantization.QuantizationScheme(targets=["Linear"], format=form.format, **form.scheme())
+    quantization.initialize_module_for_quantization(linear, scheme)
+    if "input_scale" in parts:
+        linear.input_scale.data = parts["input_scale"].float()
+    inputs = torch.randn(2, 9, 128, generator=torch.Generator().manual_seed(1)) * 2
+    inputs[0, 3] = 0
+    rounding = ENGINE.inputs(form.codec, lambda: parts)
+    assert rounding is not None
+    theirs = forward_quantize(linear, inputs, "input", scheme.input_activations)
+    assert torch.equal(rounding(inputs), theirs)
+    assert not torch.equal(inputs, theirs)
+
+
+def test_layers_of_one_input_share_its_scale(model: Callable[..., Path], given: dict[str, Any], tmp_path: Path) -> None:
+    """Whole run: scales from calibration, loaded by transformers alone, logits as predicted."""
+    source = model()
+    done = api.compress_for(
+        ENGINE.name, source, tmp_path / "out", size=10**7, candidates=["sint8:row:bf16:a8s"], **given
+    )
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    scales = {name.removesuffix(".input_scale"): one for name, one in tensors.items() if name.endswith("input_scale")}
+    _, anatomy, _ = opened(source)
+    layers = [layer for layer in anatomy.layers if layer.kind == "linear" and layer.block is not None]
+    assert scales.keys() == {layer.name for layer in layers}
+    by_input: dict[str, set[float]] = {}
+    for layer in layers:
+        by_input.setdefault(layer.inputs, set()).add(float(scales[layer.name]))
+    assert all(len(found) == 1 and found.pop() > 0 for found in by_input.values())
+    assert len({float(one) for one in scales.values()}) > len(by_input) // 2
+    proof = done.proof
+    assert proof is not None
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    (group,) = settings["config_groups"].values()
+    assert group["input_activations"] == {
+        "num_bits": 8,
+        "type": "int",
+        "dynamic": False,
+        "strategy": "tensor",
+        "symmetric": True,
+    }
+    assert proof.noise < 1e-3 * proof.ours.kl
+    assert proof.ours.kl == pytest.approx(proof.engine.kl, rel=0.02)
+
+
+def test_inputs_of_unknown_size_are_refused() -> None:
+    form = FORMS["sint8:row:bf16:a8s"]
+    parts, _ = Encoder(Nearest())(weight_of(24, 128), form.codec, None)
+    with pytest.raises(BadInput, match="no calibration text reached one; give more --text, or use sint8:row:bf16:a8,"):
+        form.put(parts, (24, 128))

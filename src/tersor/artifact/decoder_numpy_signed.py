@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 HEAD = r"sint[2-8]"
-_TEXT = re.compile(r"sint([2-8]):(?:row|g([1-9]\d{0,5}))(?::(bf16))?(:a8)?")
+_TEXT = re.compile(r"sint([2-8]):(?:row|g([1-9]\d{0,5}))(?::(bf16))?(:a8s?)?")
 
 
 def parts(text: str, rows: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Part name to (dtype, shape) for a weight ``(rows, columns)``. Raises ValueError for what cannot be."""
     bits, groups, scales = _read(text, columns)
-    return {"codes": ("U8", (rows, (columns * bits + 7) // 8)), "scale": (scales, (rows, groups))}
+    inputs: dict[str, tuple[str, tuple[int, ...]]] = {"input_scale": ("BF16", (1,))} if text.endswith(":a8s") else {}
+    return {"codes": ("U8", (rows, (columns * bits + 7) // 8)), "scale": (scales, (rows, groups)), **inputs}
 
 
 def decode(text: str, arrays: Mapping[str, Array], rows: int, columns: int) -> Array:
@@ -43,7 +44,7 @@ def _read(text: str, columns: int) -> tuple[int, int, str]:
     """Bits of a code, groups in a row, type of the scales."""
     match = _TEXT.fullmatch(text)
     if match is None or (match[4] and (match[1] != "8" or match[2])):
-        raise ValueError(f"codec '{text[:80]}' is not of the form sint<b>:g<n>|row[:bf16], nor sint8:row[:bf16]:a8")
+        raise ValueError(f"codec '{text[:80]}' is not of the form sint<b>:g<n>|row[:bf16], nor sint8:row[:bf16]:a8[s]")
     group = int(match[2]) if match[2] else columns
     if group == 0 or columns % group:
         raise ValueError(f"a group of {group} does not divide {columns} columns")

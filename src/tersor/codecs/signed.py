@@ -11,7 +11,8 @@ group is clipped less; engines multiply by the scale, whatever its sign.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch import Tensor
 from tersor.codecs.grouped import GroupedScalar
 from tersor.codecs.scales import storable
 from tersor.codecs.text import Words, grouping, reads
-from tersor.contracts import ScalarGrid, Side
+from tersor.contracts import Encoded, Gram, Part, ScalarGrid, Shape, Side
 from tersor.errors import BadInput
 
 # Reach of the grid, as shares of the greatest magnitude, tried for every group; above 1 where the far side is short.
@@ -31,7 +32,9 @@ _REACHES = {bits: (*torch.linspace(low, 1.0, below).tolist(), *torch.linspace(1.
 _CHUNK = 1 << 16
 """Weights that are fitted at one time, so that what is read again stays near the processor."""
 _LEAST = 2.0**-24
-_FORM = "sint{2-8}:{g<n>|row}[:bf16][:a8]"
+_FORM = "sint{2-8}:{g<n>|row}[:bf16][:a8|:a8s]"
+_TOP = 127
+"""Greatest code of an input of 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,14 @@ class SignedInteger(GroupedScalar):
     """``bits`` per weight (2–8): value = (code − 2^(bits−1)) · scale, scale of either sign.
 
     ``activations``: 8 where engines are to multiply by inputs rounded to 8 bits, token by token, as they run; the
-    weights are the same. Only for 8 bits and a scale a row.
+    weights are the same. Only for 8 bits and a scale a row. ``static``: with one scale for all inputs of the layer,
+    stored beside the weights, by which nothing that calibration saw is clipped; layers that read the same input get the
+    same. ``reach``: the greatest magnitude that calibration saw, which :meth:`learn` finds out; 0 where not known.
     """
 
     activations: int = 16
+    static: bool = False
+    reach: float = field(default=0.0, compare=False)
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits_per_code <= 8:
@@ -51,11 +58,37 @@ class SignedInteger(GroupedScalar):
             raise BadInput(f"Codec {self} does not exist: its scales have signs, and s8 has none; write {_FORM}.")
         if self.activations not in (8, 16):
             raise BadInput(f"Codec {self} does not exist: activations have 8 or 16 bits, not {self.activations}.")
+        if self.static and self.activations != 8:
+            raise BadInput(f"Codec {self} does not exist: only inputs of 8 bits have a scale.")
         if self.activations == 8 and (self.bits_per_code, self.group) != (8, None):
             raise BadInput(f"Codec {self} does not exist: activations of 8 bits go with sint8:row alone.")
 
     def __str__(self) -> str:
-        return f"sint{self.bits_per_code}:{self.suffix()}" + (":a8" if self.activations == 8 else "")
+        inputs = "" if self.activations == 16 else ":a8s" if self.static else ":a8"
+        return f"sint{self.bits_per_code}:{self.suffix()}{inputs}"
+
+    def parts(self, shape: Shape) -> tuple[Part, ...]:
+        inputs = (Part("input_scale", torch.bfloat16, (1,), shared=True),) if self.static else ()
+        return (*super().parts(shape), *inputs)
+
+    def learn(self, weight: Tensor, gram: Gram | None) -> SignedInteger:
+        reach = None if gram is None else gram.reach
+        return replace(self, reach=reach) if self.static and reach is not None else self
+
+    def pack(self, encoded: Encoded, shape: Shape) -> dict[str, Tensor]:
+        """Codes and scales; ``input_scale`` is 0, which no engine may be given, where the reach is not known."""
+        if not self.static:
+            return super().pack(encoded, shape)
+        known = encoded.side.get("input_scale")
+        inputs = input_scale(self.reach) if known is None or not len(known) else known[0].to(torch.bfloat16)
+        return {**super().pack(encoded, shape), "input_scale": inputs}
+
+    def unpack(self, tensors: Mapping[str, Tensor], shape: Shape) -> Encoded:
+        found = super().unpack(tensors, shape)
+        if not self.static:
+            return found
+        # One for each row, as all side information is, so that what packs these codes again has it.
+        return Encoded(found.codes, {**found.side, "input_scale": tensors["input_scale"].float().expand(shape[0], 1)})
 
     def fit(self, weight: Tensor, importance: Tensor) -> dict[str, Tensor]:
         """The best least-squares scale of the codes that a search over reaches and both signs gives."""
@@ -97,9 +130,21 @@ class SignedInteger(GroupedScalar):
         return ScalarGrid(scale, torch.full_like(scale, levels // 2), None, levels, self.group or in_features)
 
 
+def input_scale(reach: float) -> Tensor:
+    """The least bfloat16 scale ``(1,)`` by which inputs up to ``reach`` are not clipped to 8 bits; 0 for 0.
+
+    >>> input_scale(127.0 * 1.001).item()            # a step of bfloat16 above 1
+    1.0078125
+    """
+    wanted = torch.tensor([reach / _TOP])
+    scale = wanted.to(torch.bfloat16)
+    low = scale.float() < wanted
+    return torch.where(low, (scale.view(torch.int16) + 1).view(torch.bfloat16), scale)
+
+
 @reads(r"sint(\d{1,2})", form=_FORM, heads=tuple(f"sint{bits}" for bits in range(2, 9)))
 def _read(words: Words) -> SignedInteger:
     group, scales, rest = grouping(words, _FORM)
-    if words.arguments or rest not in ([], ["a8"]):
+    if words.arguments or rest not in ([], ["a8"], ["a8s"]):
         raise words.refuse(f"unknown option {(rest or ['()'])[0]!r}; write {_FORM}.")
-    return SignedInteger(int(words.head[1]), group, scales, 8 if rest else 16)
+    return SignedInteger(int(words.head[1]), group, scales, 8 if rest else 16, rest == ["a8s"])

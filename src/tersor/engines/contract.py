@@ -19,6 +19,8 @@ from tersor.errors import BadInput
 
 Read = Callable[[str], Tensor | Mapping[str, Tensor]]
 """By layer name its stored tensors by part; by parameter name the value of what is kept."""
+Rounding = Callable[[Tensor], Tensor]
+"""Inputs ``(..., in)`` of a layer to what it multiplies by."""
 
 
 class Stored(Protocol):
@@ -90,8 +92,9 @@ class Engine:
     run anywhere. ``refuses(anatomy, layer, codec, ranks)``: why this layer cannot have that codec when split over
     ``ranks`` processors, or None. ``together(layer)``: key of the layers that it fuses, which need one codec.
     ``fallback``: what a layer gets for which no candidate is left; empty where that is an error. ``splits``: whether
-    it can split layers over processors. ``open``: see :class:`Opener`. ``recognises(path)``: whether
-    a file or folder is one of its. ``installed()``, ``run(path, length, threads)``: the real engine, which raises
+    it can split layers over processors. ``inputs(codec, tensors)``: how it rounds the inputs of a layer before it
+    multiplies, or None; ``tensors()`` are the layer's stored ones. ``open``: see :class:`Opener`.
+    ``recognises(path)``: whether a file or folder is one of its. ``installed()``, ``run(path, length, threads)``: the real engine, which raises
     EngineFailed.
     """
 
@@ -108,6 +111,7 @@ class Engine:
     together: Callable[[Layer], str | None] = lambda _layer: None
     fallback: str = ""
     splits: bool = False
+    inputs: Callable[[Codec, Callable[[], Mapping[str, Tensor]]], Rounding | None] = lambda _codec, _tensors: None
 
     @property
     def unproven(self) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.artifact import ArtifactWriter
+from tersor.codecs.dense import Dense
 from tersor.codecs.inner import under
 from tersor.contracts import Codec, CompositeCodec, DirectCodec, Gram, Layer, LeafCodec, Stretch
 from tersor.errors import NotFinite
@@ -20,7 +21,7 @@ from tersor.recovery import BlockTuning
 from tersor.runtime.stream import BlockStream
 from tersor.solvers import Encoder, chunk_of
 from tersor.stages.context import Context, as_parameter, block_weights, oriented, row_pieces
-from tersor.stages.curves import outside_objectives
+from tersor.stages.curves import OUTSIDE, outside_objectives
 from tersor.stages.memory import give_back
 from tersor.stages.sensitivity import advance
 from tersor.stages.tune import BlockTuner, Piece
@@ -276,8 +277,11 @@ def _source_weight(context: Context, layer: Layer, held: Tensor) -> Tensor:
 
 def _encode_outside(context: Context, layer: Layer, codec: Codec, writer: ArtifactWriter) -> None:
     weight = context.weight(layer)
-    gram = outside_objectives(context, layer, weight[0])[0]
-    _write(layer, encode_layer(context, layer, weight, codec, [_ready(context, gram, layer.name)]), writer)
+    if isinstance(codec, Dense) and not context.work.has(OUTSIDE):
+        ready = Ready(Encoder(context.solver(), workers=context.workers), None)
+    else:
+        ready = _ready(context, outside_objectives(context, layer, weight[0])[0], layer.name)
+    _write(layer, encode_layer(context, layer, weight, codec, [ready]), writer)
 
 
 def _write(layer: Layer, coded: Coded, writer: ArtifactWriter) -> None:
@@ -373,7 +377,8 @@ def _mean_gram(ready: list[Ready]) -> Gram | None:
     matrix = torch.zeros_like(grams[0].matrix)
     for gram in grams:
         matrix += gram.matrix * (gram.tokens / max(tokens, 1))
-    return Gram(matrix, tokens)
+    reaches = [gram.reach for gram in grams if gram.reach is not None]
+    return Gram(matrix, tokens, reach=max(reaches, default=None))
 
 
 def _within_copies(start: int, stop: int, out: int) -> list[tuple[int, int]]:

@@ -12,8 +12,9 @@ from torch import Tensor
 from tersor.anatomy import Source, WeightLoader
 from tersor.codecs import parse
 from tersor.contracts import Anatomy, Layer, Quality
-from tersor.engines.contract import Engine, Stored, Target
+from tersor.engines.contract import Engine, Rounding, Stored, Target
 from tersor.evaluation.divergence import DivergenceAccumulator, TokenComparison, compare_logits, join
+from tersor.runtime.rounded import RoundedStream
 from tersor.runtime.stream import BlockStream
 from tersor.stages.context import Progress, as_parameter
 from tersor.stages.verify import HEAD_TOKENS, decoding_loader, final_states
@@ -26,8 +27,8 @@ class Proof:
     """What an engine computes with a file.
 
     ``by``: the engine's name. ``engine``: its output against the source's. ``ours``: what our own decoding of the same
-    file predicts. ``noise``: KL (prediction ‖ engine) in nats per token: the engine's arithmetic, if the file is read
-    alike. ``file_bytes``: its size, as budgets count it.
+    file predicts, with inputs rounded where the file asks for it. ``noise``: KL (prediction ‖ engine) in nats per
+    token: the engine's arithmetic, if the file is read alike. ``file_bytes``: its size, as budgets count it.
     """
 
     path: Path
@@ -66,7 +67,12 @@ def prove_file(
     stored = target.stored(path)
     loader = WeightLoader(source, model)
     first = BlockStream(model, anatomy, lambda names: loader.load(names, dtype), dtype=dtype)
-    second = BlockStream(model, anatomy, stored_loader(stored, anatomy, dtype), dtype=dtype)
+
+    def rounding(layer: Layer) -> Rounding | None:
+        codec = parse(stored.texts[layer.name])
+        return engine.inputs(codec, lambda: stored.tensors(layer, codec))
+
+    second = RoundedStream(model, anatomy, stored_loader(stored, anatomy, dtype), rounding, dtype=dtype)
     totals = [DivergenceAccumulator() for _ in range(3)]
     try:
         steps = len(anatomy.blocks) + len(ids)

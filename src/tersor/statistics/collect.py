@@ -181,11 +181,12 @@ class Grams:
     ``matrices``: sums of ``x xᵀ`` while they are collected, means afterwards. Sums are float32: chunks hold a few
     thousand tokens and are added a few hundred times, an error near 1e-6 of the entry, far below the bfloat16 rounding
     of the activations themselves; the factorization that is sensitive to it is done in float64 with damping four orders
-    of magnitude above.
+    of magnitude above. ``reaches``: the greatest magnitude among all entries.
     """
 
     matrices: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     tokens: dict[tuple[str, int], int] = field(default_factory=dict)
+    reaches: dict[tuple[str, int], float] = field(default_factory=dict)
 
     def add(self, use: Use, moment: Tensor) -> None:
         """Add what :func:`second_moment` gave; it is used up."""
@@ -195,11 +196,15 @@ class Grams:
         else:
             self.matrices[key] = moment
         self.tokens[key] = self.tokens.get(key, 0) + len(use.inputs)
+        low, high = torch.aminmax(use.inputs.detach())
+        self.reaches[key] = max(self.reaches.get(key, 0.0), -float(low), float(high))
 
     def gram(self, layer: Layer, copy: int = 0) -> Gram | None:
         """The Gram matrix of a layer's input, or None if no token ever reached it (an expert never chosen)."""
         key = (layer.inputs, copy)
-        return Gram(self.matrices[key], self.tokens[key]) if key in self.matrices else None
+        if key not in self.matrices:
+            return None
+        return Gram(self.matrices[key], self.tokens[key], reach=self.reaches.get(key))
 
 
 def collect_grams(

@@ -16,6 +16,7 @@ from torch import Tensor
 from tersor.codecs import Integer, MicroFloat, NvFloat, SignedInteger, SmallFloat, parse
 from tersor.codecs.packing import pack, unpack
 from tersor.contracts import Codec, Shape
+from tersor.errors import BadInput
 
 DENSE = "bf16"
 GROUPS = (32, 64, 128)
@@ -29,7 +30,16 @@ def _texts() -> tuple[str, ...]:
     symmetric = [f"sint{bits}:{group}:bf16" for bits in (4, 8) for group in groups]
     # Zero points of 8 bits would be read by the library, but no engine's kernels take them.
     asymmetric = [f"int4:{group}:asym:bf16" for group in groups]
-    return (*symmetric, *asymmetric, "sint8:row:bf16:a8", "fp8:e4m3:row:bf16", "mxfp4:e2m1:g32", "nvfp4:s9", DENSE)
+    return (
+        *symmetric,
+        *asymmetric,
+        "sint8:row:bf16:a8",
+        "sint8:row:bf16:a8s",
+        "fp8:e4m3:row:bf16",
+        "mxfp4:e2m1:g32",
+        "nvfp4:s9",
+        DENSE,
+    )
 
 
 TEXTS = _texts()
@@ -63,7 +73,8 @@ class Form:
             }
         if self.format != "pack-quantized":
             kind = torch.int8 if self.format == "int-quantized" else torch.float8_e4m3fn
-            return {"weight": (kind, shape), "weight_scale": (torch.bfloat16, (rows, 1))}
+            inputs: Spec = {"input_scale": (torch.bfloat16, (1,))} if _static(self.codec) else {}
+            return {"weight": (kind, shape), "weight_scale": (torch.bfloat16, (rows, 1)), **inputs}
         assert isinstance(self.codec, Integer | SignedInteger)
         bits, groups = self.codec.bits_per_code, self.codec.groups(columns)
         spec: Spec = {
@@ -76,7 +87,7 @@ class Form:
         return spec
 
     def put(self, parts: Mapping[str, Tensor], shape: Shape) -> dict[str, Tensor]:
-        """A codec's stored tensors as the library stores them."""
+        """A codec's stored tensors as the library stores them. Raises BadInput where inputs are of unknown size."""
         if self.format == "mxfp4-pack-quantized":
             return {"weight_packed": parts["codes"], "weight_scale": parts["exponent"]}
         if isinstance(self.codec, NvFloat):
@@ -86,7 +97,13 @@ class Form:
                 "weight_global_scale": torch.tensor([2.0**self.codec.shift]),
             }
         if self.format == "int-quantized":
-            return {"weight": (parts["codes"] ^ 0x80).view(torch.int8), "weight_scale": parts["scale"]}
+            inputs = {"input_scale": parts["input_scale"]} if _static(self.codec) else {}
+            if not all(bool((scale > 0).all()) for scale in inputs.values()):
+                raise BadInput(
+                    f"{self.codec} needs to know how large a layer's inputs get, and no calibration text reached one; "
+                    f"give more --text, or use {str(self.codec).removesuffix('s')}, which finds out as it runs."
+                )
+            return {"weight": (parts["codes"] ^ 0x80).view(torch.int8), "weight_scale": parts["scale"], **inputs}
         if self.format == "float-quantized":
             return {"weight": parts["codes"].contiguous().view(torch.float8_e4m3fn), "weight_scale": parts["scale"]}
         assert isinstance(self.codec, Integer | SignedInteger)
@@ -108,7 +125,8 @@ class Form:
         if isinstance(self.codec, NvFloat):
             return {"codes": tensors["weight_packed"], "scale": tensors["weight_scale"].view(torch.uint8)}
         if self.format == "int-quantized":
-            return {"codes": tensors["weight"].view(torch.uint8) ^ 0x80, "scale": tensors["weight_scale"]}
+            inputs = {"input_scale": tensors["input_scale"]} if _static(self.codec) else {}
+            return {"codes": tensors["weight"].view(torch.uint8) ^ 0x80, "scale": tensors["weight_scale"], **inputs}
         if self.format == "float-quantized":
             return {"codes": tensors["weight"].view(torch.uint8), "scale": tensors["weight_scale"]}
         assert isinstance(self.codec, Integer | SignedInteger)
@@ -134,6 +152,10 @@ def text_of(scheme: Mapping[str, Any]) -> str | None:
     """The codec whose scheme, with all of the library's fields, this is; None when it is that of no codec."""
     found = _essence(scheme)
     return next((text for text, form in FORMS.items() if _essence(form.scheme()) == found), None)
+
+
+def _static(codec: Codec) -> bool:
+    return isinstance(codec, SignedInteger) and codec.static
 
 
 def _words(count: int, bits: int) -> int:
@@ -168,7 +190,9 @@ def _scheme(codec: Codec) -> dict[str, Any]:
     symmetric = isinstance(codec, SignedInteger)
     weights = {"num_bits": codec.bits_per_code, "type": "int", "symmetric": symmetric, **grouping}
     if isinstance(codec, SignedInteger) and codec.activations == 8:
-        return {"weights": weights, "input_activations": {"num_bits": 8, "type": "int", **token}}
+        one = {"dynamic": False, "strategy": "tensor", "symmetric": True}
+        inputs = one if codec.static else token
+        return {"weights": weights, "input_activations": {"num_bits": 8, "type": "int", **inputs}}
     return {"weights": weights}
 
 
