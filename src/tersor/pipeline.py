@@ -28,6 +28,7 @@ from tersor.artifact import (
     publish,
 )
 from tersor.codecs import parse
+from tersor.codecs.dense import Dense
 from tersor.contracts import Anatomy, Codec, Plan, Quality
 from tersor.errors import BadInput, CannotResume, Infeasible, NotFinite, TersorError, VerificationFailed
 from tersor.stages import curves as curve_stage
@@ -47,7 +48,7 @@ from tersor.stages.encode import encode_model
 from tersor.stages.estimate import Estimate, check_disk, choose_workers, chunk_sequences, disk_bytes, estimate
 from tersor.stages.evaluate import is_artifact
 from tersor.stages.fast import fast_curves
-from tersor.stages.options import Budget, Options
+from tersor.stages.options import Budget, Options, share_note
 from tersor.stages.sensitivity import measure_sensitivity
 from tersor.stages.text import Texts, prepare_texts
 from tersor.stages.weights import check_finite
@@ -118,7 +119,9 @@ def examine(
         model, cache_dir=cache_dir, revision=options.revision, trust_remote_code=options.trust_remote_code
     )
     body = skeleton(source)
-    return source, body, analyse(source, body)
+    anatomy = analyse(source, body)
+    note = share_note(options.budget, anatomy, source.lossy_note)
+    return source, body, anatomy if note is None else replace(anatomy, notes=(*anatomy.notes, note))
 
 
 def light_context(
@@ -243,7 +246,9 @@ def _run(
         texts = prepare_texts(context.source, options, cache=cache, workers=context.workers, progress=context.progress)
         _keep_digests(work, texts)
     with clock.stage("statistics"):
-        notes += texts.calibration.notes + _measure(context, texts, points=given is None)
+        notes += texts.calibration.notes
+        if given is None or not _kept_outside(context.anatomy, given):
+            notes += _measure(context, texts, points=given is None)
     with clock.stage("plan"):
         made, codecs = _plan(context, target, given)
         (work.folder.parent.parent / "plan.json").write_text(plan_to_json(made))
@@ -329,6 +334,14 @@ def _measure(context: Context, texts: Texts, *, points: bool) -> tuple[str, ...]
     if not points:
         return ()
     return curve_stage.calibration_notes(curve_stage.load_records(context), held_out=context.held_out(ids) > 0)
+
+
+def _kept_outside(anatomy: Anatomy, given: Plan) -> bool:
+    """Whether a plan keeps embedding and head as floats; blocks are encoded with what is collected on the way to them.
+
+    Nothing else of :func:`_measure` is needed to follow a plan, and it takes as long as encoding by error feedback.
+    """
+    return all(isinstance(parse(given.layers[layer.name].codec), Dense) for layer in anatomy.layers_of(None))
 
 
 def _plan(context: Context, target: int, given: Plan | None) -> tuple[Plan, Mapping[str, Codec]]:

@@ -29,6 +29,8 @@ from tersor.statistics.curves import draw_sample, measure
 from tersor.statistics.sensitivity import Objective, embedding_gram, embedding_objective, linear_objective
 
 STAGE = "curves"
+OUTSIDE = "curves/outside.json"
+"""Where what was measured of embedding and head lies, once all is."""
 SAMPLE_ROWS = 48
 EMBEDDING_ROWS = 384
 SAMPLE_COPIES = 4
@@ -89,7 +91,7 @@ def measure_curves(context: Context, ids: Tensor, *, points: bool = True) -> Non
             context.work.event(STAGE, "block done", block=block)
             stores[block].remove()
             context.progress(STAGE, block + 1, total)
-        if not context.work.has("curves/outside.json"):
+        if not context.work.has(OUTSIDE):
             _measure_outside(context, stream, stores[blocks], ids, points=points)
             stores[blocks].remove()
         context.progress(STAGE, total, total)
@@ -374,7 +376,7 @@ def _measure_outside(context: Context, stream: BlockStream, hidden: Hidden, ids:
             **_points(context, layer, weight, objective, encoder, fit_gram, 0),
             "notes": [],
         }
-    context.work.save("curves/outside.json", record)
+    context.work.save(OUTSIDE, record)
 
 
 def outside_objectives(context: Context, layer: Layer, weight: Tensor) -> tuple[Gram, Objective]:
@@ -405,7 +407,7 @@ def outside_objectives(context: Context, layer: Layer, weight: Tensor) -> tuple[
 
 def load_records(context: Context) -> dict[str, Record]:
     """All layers' records, in the model's order."""
-    names = [f"curves/block-{k}.json" for k in range(len(context.anatomy.blocks))] + ["curves/outside.json"]
+    names = [f"curves/block-{k}.json" for k in range(len(context.anatomy.blocks))] + [OUTSIDE]
     found: dict[str, Record] = {}
     for name in names:
         found.update(context.work.load(name))
