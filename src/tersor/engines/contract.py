@@ -94,8 +94,8 @@ class Engine:
     ``fallback``: what a layer gets for which no candidate is left; empty where that is an error. ``splits``: whether
     it can split layers over processors. ``inputs(codec, tensors)``: how it rounds the inputs of a layer before it
     multiplies, or None; ``tensors()`` are the layer's stored ones. ``open``: see :class:`Opener`.
-    ``recognises(path)``: whether a file or folder is one of its. ``installed()``, ``run(path, length, threads)``: the real engine, which raises
-    EngineFailed.
+    ``recognises(path)``: whether a file or folder is one of its. ``installed()``, ``run(path, length, threads)``: the
+    real engine, which raises EngineFailed.
     """
 
     name: str
