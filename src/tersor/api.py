@@ -78,9 +78,9 @@ def plan(
     """Choose a codec for every layer within a budget; say exact bytes, peak memory, disk and time; encode nothing.
 
     ``model``: folder, GGUF file, hub id or module. Give one of ``size`` and ``memory`` (bytes, ``"60MB"``, ``"25%"`` of
-    the source) or ``bpw``. ``fast``: from the weights alone. ``engine``: what is to run it, ``transformers`` or a name
-    in :data:`tersor.delivery.ENGINES`. Other settings: see :class:`~tersor.stages.options.Options`. Raises a
-    :class:`~tersor.errors.TersorError` for bad input.
+    the source, its weights in 16 bits where they are packed) or ``bpw``. ``fast``: from the weights alone. ``engine``:
+    what is to run it, ``transformers`` or a name in :data:`tersor.delivery.ENGINES`. Other settings: see
+    :class:`~tersor.stages.options.Options`. Raises a :class:`~tersor.errors.TersorError` for bad input.
     """
     options = _options(parse_budget(_text(size), _text(memory), bpw), {**settings, "engine": engine})
     other = delivery.engine_for(options)

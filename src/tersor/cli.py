@@ -23,7 +23,11 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Argument(help="Model: a folder, a .gguf file, a hub id, or 'demo'.")]
 Size = Annotated[
-    str | None, typer.Option(help="Budget for all weight files: 60MB, 1.5GiB, bytes, or 25% of the source.")
+    str | None,
+    typer.Option(
+        help="Budget for all weight files: 60MB, 1.5GiB, bytes, or 25% of the source (of a quantized one, of its "
+        "weights unpacked to 16 bits)."
+    ),
 ]
 Memory = Annotated[
     str | None, typer.Option(help="Budget for the weights in memory while running, written like --size.")

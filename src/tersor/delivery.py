@@ -110,7 +110,13 @@ def plan_for(
     except Infeasible as error:
         raise _infeasible(error, job, wanted) from error
     size = job.target.file_bytes(_texts(planned.plan))
-    return replace(planned, plan=replace(planned.plan, file_bytes=size, budget=wanted))
+    plan = replace(planned.plan, file_bytes=size, budget=wanted)
+    return replace(planned, plan=plan, notes=_all_notes(job, planned.notes))
+
+
+def _all_notes(job: _Job, notes: tuple[str, ...]) -> tuple[str, ...]:
+    """Notes of a run, and those on the budget that it did not know of."""
+    return (*notes, *(note for note in job.target.anatomy.notes if note not in notes))
 
 
 def _texts(plan: Plan) -> dict[str, str]:
@@ -185,6 +191,7 @@ def compress_for(
         folder=output,
         plan=replace(result.plan, file_bytes=size, budget=wanted),
         bits_per_weight=8 * size / job.target.anatomy.parameters,
+        notes=_all_notes(job, result.notes),
     )
     proof, note = _proof(job, output, options, progress, cache_dir)
     data = {

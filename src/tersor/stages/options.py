@@ -32,8 +32,8 @@ class Budget:
     """How many bytes a model may take.
 
     ``kind``: ``size`` (all weight files, headers included), ``memory`` (tensors in memory while running, and one
-    decoded tile), or ``bpw`` (bits of the weight files per stored weight). ``amount``: bytes, a share of the source's
-    bytes when ``relative``, or bits.
+    decoded tile), or ``bpw`` (bits of the weight files per stored weight). ``amount``: bytes, a share of what the
+    source's weights take (unpacked, where they are packed) when ``relative``, or bits.
     """
 
     kind: Literal["size", "memory", "bpw"]
@@ -72,7 +72,8 @@ def parse_bytes(text: str, what: str) -> int:
 
 
 def parse_budget(size: str | None, memory: str | None, bpw: float | None) -> Budget:
-    """Exactly one of the three. ``size`` and ``memory`` also take a share of the source, such as ``25%``."""
+    """Exactly one of the three. ``size`` and ``memory`` also take a share of the source's weights, such as ``25%``; of
+    packed ones as they are unpacked, to 16 bits as a rule."""
     given = [name for name, value in (("--size", size), ("--memory", memory), ("--bpw", bpw)) if value is not None]
     if len(given) != 1:
         found = " and ".join(given) if given else "none"
@@ -88,6 +89,20 @@ def parse_budget(size: str | None, memory: str | None, bpw: float | None) -> Bud
     if share:
         return Budget(kind, float(share[1]) / 100, relative=True)
     return Budget(kind, parse_bytes(text, f"--{kind}"))
+
+
+def share_note(budget: Budget | None, anatomy: Anatomy, stored: str | None) -> str | None:
+    """What a share of the source is a share of, where that is not what its files take; None where nothing is to say.
+
+    ``stored``: how a source was packed, None for one that was not.
+    """
+    if budget is None or not budget.relative or stored is None:
+        return None
+    amount = f"{100 * budget.amount:.10g}%"
+    return (
+        f"--{budget.kind} {amount} is a share of the {anatomy.source_bytes:,} bytes that the source's weights take "
+        f"unpacked ({int(budget.amount * anatomy.source_bytes):,} bytes), not of its files, which are {stored}."
+    )
 
 
 _CHOICES = {
