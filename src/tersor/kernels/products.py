@@ -86,6 +86,16 @@ def row_codes(
     )
 
 
+def instructions() -> str:
+    """The best that loops may use here: ``avx512``, ``avx2`` or ``portable``."""
+    return str(_products.isa())  # type: ignore[union-attr]
+
+
+def read(buffer: object, threads: int) -> int:
+    """The sum of a NumPy array ``buffer`` of uint64: what a product takes at least that only fetches its weight."""
+    return int(_products.read_all(buffer, threads))  # type: ignore[union-attr]
+
+
 def _raw(tensor: Tensor) -> object:
     """A stored tensor as NumPy has it; 16-bit floats as their bits."""
     tensor = tensor.detach().contiguous()
