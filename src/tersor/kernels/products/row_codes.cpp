@@ -100,9 +100,16 @@ RowInputs::RowInputs(const Activations& rounded, const RowLayout& layout)
         }
     }
     if (isa() == Isa::avx512) return;
-    values.resize(rounded.tokens * rounded.width);
-    for (int64_t t = 0; t < rounded.tokens; ++t)
-        for (int64_t c = 0; c < rounded.columns; ++c) values[t * rounded.width + c] = static_cast<float>(rounded.at(t, c));
+    const bool narrow = isa() == Isa::avx2 && fits_avx2(layout);
+    if (narrow) sixteen.resize(rounded.tokens * rounded.width);
+    else values.resize(rounded.tokens * rounded.width);
+    for (int64_t t = 0; t < rounded.tokens; ++t) {
+        for (int64_t c = 0; c < rounded.columns; ++c) {
+            const int32_t integer = rounded.at(t, c);
+            if (narrow) sixteen[t * rounded.width + c] = static_cast<int16_t>(integer);
+            else values[t * rounded.width + c] = static_cast<float>(integer);
+        }
+    }
 }
 
 // The loops in floats: codes to floats, eight at a time, times the integers that stand for the inputs. Written once, and
@@ -175,11 +182,7 @@ __attribute__((target("avx2,fma,bmi2"))) inline void eight_by_deposit(const uint
 
 }  // namespace
 
-TERSOR_ROWS_IN_FLOATS(rows_avx2, __attribute__((target("avx2,fma,bmi2"))), eight_by_deposit)
-#else
-void rows_avx2(const RowLayout& layout, const RowInputs& inputs, int64_t first, int64_t last, float* y, int64_t stride) {
-    rows_portable(layout, inputs, first, last, y, stride);
-}
+TERSOR_ROWS_IN_FLOATS(rows_avx2_floats, __attribute__((target("avx2,fma,bmi2"))), eight_by_deposit)
 #endif
 
 namespace {

@@ -41,7 +41,9 @@ struct RowInputs {
 
     const Activations& rounded;
     std::vector<float> group_sums;  // (tokens, groups): sums of the integers that stand for the inputs
-    std::vector<float> values;      // (tokens, width): those integers, for the loops without integer products
+    // Those integers (tokens, width) for the loops that want them whole: in floats, or in 16 bits.
+    std::vector<float> values;
+    std::vector<int16_t> sixteen;
 };
 
 // Scales, and scales times zeros, of one row as floats; with room for whole vectors after the end.
@@ -55,6 +57,10 @@ struct RowScales {
 using RowLoop = void (*)(const RowLayout&, const RowInputs&, int64_t first, int64_t last, float* y, int64_t stride);
 void rows_portable(const RowLayout&, const RowInputs&, int64_t first, int64_t last, float* y, int64_t stride);
 void rows_avx2(const RowLayout&, const RowInputs&, int64_t first, int64_t last, float* y, int64_t stride);
+void rows_avx2_floats(const RowLayout&, const RowInputs&, int64_t first, int64_t last, float* y, int64_t stride);
 void rows_avx512(const RowLayout&, const RowInputs&, int64_t first, int64_t last, float* y, int64_t stride);
+
+// Whether rows_avx2 has integer products for a layout.
+bool fits_avx2(const RowLayout& layout);
 
 }  // namespace tersor
