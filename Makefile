@@ -3,6 +3,7 @@
 #   make demo     compress a small real language model to a quarter of its size, and say what was lost
 #   make test     all tests
 #   make lint     style, types and the import contract
+#   make sanitize the compiled loops' tests, with every access checked
 #   make bench    the benchmarks; results are written to benchmarks/results/
 #   make clean    remove everything that make made
 
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
-MADE_OF := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/tersor/kernels/*.cpp)
+MADE_OF := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/tersor/kernels/*.cpp src/tersor/kernels/products/*)
 
 # Files of an installed tersor: an editable install, so that a change of Python code needs no other step.
 USER := $(VENV)/.installed
@@ -19,7 +20,7 @@ DEVELOPER := $(VENV)/.installed-for-development
 comma := ,
 SLOW := note: no C++ compiler was found; everything works, but encoding takes about three times as long
 
-.PHONY: demo test lint bench bench-leaves bench-limit bench-allocation bench-sensitivity bench-memory bench-resume bench-peers bench-engines clean
+.PHONY: demo test lint sanitize bench bench-leaves bench-limit bench-allocation bench-sensitivity bench-memory bench-resume bench-peers bench-engines clean
 .DELETE_ON_ERROR:
 
 demo: $(USER)
@@ -34,6 +35,13 @@ lint: $(DEVELOPER)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Leaks are not looked for: the interpreter itself leaves much behind. The checking library must be loaded first.
+sanitize: $(DEVELOPER)
+	rm -rf out/sanitized
+	$(PIP) install --quiet --constraint constraints.txt --no-deps --target out/sanitized . -C cmake.define.TERSOR_SANITIZE=ON -C build-dir=out/sanitized-build
+	PYTHONPATH=out/sanitized LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -o pythonpath=tests tests/kernels
 
 bench: bench-leaves bench-allocation
 
