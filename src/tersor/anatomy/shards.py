@@ -17,32 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tersor.anatomy.headers import DTYPES, HEADER_LIMIT, INDEX, SINGLE
 from tersor.errors import BadInput, CorruptArtifact
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-HEADER_LIMIT = 100_000_000
-"""Bytes; the limit that the safetensors format itself sets."""
-
-_NAMES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E8M0": "float8_e8m0fnu",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U64": "uint64",
-    "U32": "uint32",
-    "U16": "uint16",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
-_DTYPES: dict[str, torch.dtype] = {key: getattr(torch, name) for key, name in _NAMES.items() if hasattr(torch, name)}
 
 
 @dataclass(frozen=True)
@@ -192,7 +168,7 @@ def _entry(file: Path, name: str, entry: Any, begin: int) -> TensorInfo:
     shape, span, kind = _sizes(fields.get("shape")), _sizes(fields.get("data_offsets")), fields.get("dtype")
     if shape is None or span is None or len(span) != 2 or not isinstance(kind, str):
         raise CorruptArtifact(f"{file} is malformed: the header entry of tensor {name} lacks dtype, shape or offsets.")
-    dtype = _DTYPES.get(kind)
+    dtype = DTYPES.get(kind)
     if dtype is None:
         raise BadInput(
             f"Tensor {name} in {file} has type {kind}, which is not a plain number type of this torch version."

@@ -1,7 +1,7 @@
 """Safetensors headers: the dtype names, and a bounded, distrustful parser.
 
 A safetensors file is: 8 bytes little-endian header length ``n``; ``n`` bytes of JSON, space-padded; the tensor data,
-without holes. The parser never reads more than :data:`HEADER_LIMIT` bytes and checks each entry against the size of
+without holes. The parser never reads more than ``HEADER_LIMIT`` bytes and checks each entry against the size of
 the file, so that nothing read later can reach outside it.
 """
 
@@ -17,33 +17,28 @@ from typing import Any
 
 import torch
 
+from tersor.anatomy import headers
+from tersor.anatomy.headers import HEADER_LIMIT, METADATA
 from tersor.errors import CorruptArtifact
 
-HEADER_LIMIT = 100_000_000
-"""Bytes. The safetensors library refuses longer headers, and so do we."""
-
-METADATA = {"format": "pt"}
-"""What transformers expects in ``__metadata__``."""
+__all__ = [
+    "DTYPES",
+    "DTYPE_NAMES",
+    "HEADER_LIMIT",
+    "METADATA",
+    "Header",
+    "Stored",
+    "parse_object",
+    "read_header",
+    "tensor_bytes",
+]
 
 DIMENSIONS_LIMIT = 16
 
 DTYPE_NAMES: Mapping[torch.dtype, str] = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
+    dtype: name for dtype, name in headers.DTYPE_NAMES.items() if name != "F8_E8M0"
 }
+"""Types that an artifact may hold: all but the one that no codec stores and that decoders need not know."""
 DTYPES: Mapping[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 

@@ -10,27 +10,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
+from tersor.anatomy.headers import DTYPES
 from tersor.contracts import Part
 from tersor.engines.replace import local_name
 from tersor.errors import BadInput, CorruptArtifact
-
-_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "U64": torch.uint64,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
 
 
 def check_files(files: Sequence[str], model: PreTrainedModel, parts: Mapping[str, Part], *, whole: bool) -> None:
@@ -69,7 +52,7 @@ def read_header(path: str) -> dict[str, tuple[torch.dtype | str, tuple[int, ...]
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             return {
-                name: (_DTYPES.get(entry.get_dtype(), entry.get_dtype()), tuple(entry.get_shape()))
+                name: (DTYPES.get(entry.get_dtype(), entry.get_dtype()), tuple(entry.get_shape()))
                 for name, entry in slices.items()
             }
     except SafetensorError as error:

@@ -11,11 +11,9 @@ the bulk of the file has five bits or more, whose values bfloat16 would blur.
 
 from __future__ import annotations
 
-import json
 import struct
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,32 +22,18 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tersor.anatomy.shards import SINGLE
+from tersor.anatomy.headers import SINGLE, Item, header
 from tersor.errors import BadInput, CorruptArtifact, UnknownArchitecture
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _FINE = ("Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0", "F16")
 """Types of five bits a weight and more, and float16 itself."""
-_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _STRETCH = 1 << 22
 """Weights that are dequantized together."""
 _ROPE = "rope_freqs.weight"
 _ROPE_SHAPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What Llama 3.1 and its successors have in common; a GGUF holds only what comes of it."""
 _READ_ERRORS = (ValueError, IndexError, KeyError, OSError, UnicodeDecodeError, struct.error)
-
-
-@dataclass(frozen=True)
-class _Parameter:
-    """A tensor that is written."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
 
 
 def open_reader(file: Path) -> Any:
@@ -119,7 +103,7 @@ def write_folder(reader: Any, file: Path, folder: Path) -> bool:
         return _assembled(name, owners[name], processor, mapping, expected, file)
 
     parameters = [
-        _Parameter(name, expected.get(name) or _shape(parts[0]), _type(name, parts, half, make))
+        Item(name, _type(name, parts, half, make), expected.get(name) or _shape(parts[0]))
         for name, parts in owners.items()
     ]
     _write(folder / SINGLE, parameters, make)
@@ -261,17 +245,10 @@ def _set_rope(config: Any, tensor: Any, file: Path) -> None:
     config.rope_parameters = {"rope_type": "llama3", "rope_theta": theta, "factor": factor, **_ROPE_SHAPE}
 
 
-def _write(path: Path, parameters: list[_Parameter], make: Callable[[str], Tensor]) -> None:
+def _write(path: Path, parameters: list[Item], make: Callable[[str], Tensor]) -> None:
     """A safetensors file whose tensors are made when their turn comes."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for one in parameters:
-        header[one.name] = {"dtype": _NAMES[one.dtype], "shape": one.shape, "data_offsets": [at, at + one.nbytes]}
-        at += one.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
     with path.open("wb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
+        stream.write(header(parameters))
         for one in parameters:
             for piece in _pieces(make(one.name), one.dtype):
                 stream.write(piece)
