@@ -18,14 +18,16 @@ from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tersor.anatomy import Source, WeightLoader, skeleton
+from tersor.anatomy.headers import fixed_bytes, least_fixed_bytes, most_shards
 from tersor.anatomy.shards import list_tensors, map_tensor
+from tersor.codecs import parse
 from tersor.contracts import Anatomy, Codec, Layer
 from tersor.engines.compressed_tensors import rules
-from tersor.engines.compressed_tensors.files import SHARD, Entry, cost, file_bytes, stored_bytes, write_files
-from tersor.engines.compressed_tensors.forms import DENSE, FORMS, Form, form_of, text_of
+from tersor.engines.compressed_tensors.files import SHARD, Entry, file_bytes, stored_bytes, write_files
+from tersor.engines.compressed_tensors.forms import DENSE, FORMS, form_of, text_of
 from tersor.engines.compressed_tensors.inputs import rounding
 from tersor.engines.compressed_tensors.process import run
-from tersor.engines.contract import Engine, Read
+from tersor.engines.contract import Engine, Read, Rounding
 from tersor.errors import BadInput, CorruptArtifact
 
 NAME = "compressed-tensors"
@@ -35,8 +37,6 @@ _PATTERN = "re:"
 """What targets begin with that are patterns and not names."""
 _OTHER_SCALES = (torch.float16, torch.float32)
 """Types of scales that other programs write, where ours are bfloat16."""
-_DIGITS = 13
-"""Of the largest offset in a header, and of how many the artifact's may be shorter than the folder's."""
 
 
 def library() -> Any:
@@ -65,15 +65,16 @@ class FolderTarget:
         """All tensors of the folder, each with the layer or parameter that it is of, in the order of the model."""
         found = []
         for layer in self.anatomy.layers:
-            form = form_of(texts[layer.name])
-            if form is None:
-                found += [(entry, layer.name) for entry in self._plain(layer.parameter, torch.bfloat16)]
-            else:
-                spec = form.spec(layer.shape)
-                found += [(Entry(self.stem(layer) + name, *what), layer.name) for name, what in spec.items()]
+            found += [(entry, layer.name) for entry in self._layer_entries(layer, texts[layer.name])]
         for name, (dtype, _) in self.anatomy.kept.items():
             found += [(entry, name) for entry in self._plain(name, dtype)]
         return found
+
+    def _layer_entries(self, layer: Layer, text: str) -> list[Entry]:
+        form = form_of(text)
+        if form is None:
+            return self._plain(layer.parameter, torch.bfloat16)
+        return [Entry(self.stem(layer) + name, *what) for name, what in form.spec(layer.shape).items()]
 
     def _plain(self, parameter: str, dtype: torch.dtype) -> list[Entry]:
         """A parameter as the source has it, under the source's names, in ``dtype`` if it is a float."""
@@ -88,25 +89,36 @@ class FolderTarget:
         return file_bytes([entry for entry, _ in self.entries(texts)], self.shard)
 
     def overhead(self, dense_bytes: int) -> int:
-        """Bound of the difference of both headers, and of what padding and shapes add in a layer's costliest form."""
-        dense = dict.fromkeys((layer.name for layer in self.anatomy.layers), DENSE)
-        size = self.file_bytes(dense)
-        extra = sum(self._extra(layer, several=size > self.shard) for layer in self.anatomy.layers)
-        return size - dense_bytes + extra + 8 * _DIGITS * (1 + size // self.shard)
+        """The most that all the folder's tensors can take here, less the least that they can take in an artifact.
 
-    def _extra(self, layer: Layer, *, several: bool) -> int:
-        """By how much more a layer may grow than in bf16, when it is written here and not into an artifact."""
-        least = 0
-        for form in FORMS.values():
-            if form.codec.accepts(layer.stored_shape) and rules.refuses(self.anatomy, layer, form.codec, 1) is None:
-                least = max(least, self._growth(layer, form, several=several))
-        return least
+        Layer by layer the difference is that of the form for which it is largest, so it holds for any mix of forms.
+        What a tensor costs apart from its data is bounded by its name, dtype and shape and by the largest offset that
+        there can be, so it holds wherever the tensor lies, in however many files.
+        """
+        forms = {layer.name: self._forms(layer) for layer in self.anatomy.layers}
+        kept = {name: self._plain(name, dtype) for name, (dtype, _) in self.anatomy.kept.items()}
+        most = sum(max(_data(here) for here, _ in found) for found in forms.values()) + sum(map(_data, kept.values()))
+        largest, sharded = min(self.shard, most), most > self.shard
+        count = sum(max(len(here) for here, _ in found) for found in forms.values()) + sum(map(len, kept.values()))
+        shards = min(most_shards(most, self.shard), max(count, 1))  # no file but a single one is empty
 
-    def _growth(self, layer: Layer, form: Form, *, several: bool) -> int:
-        here = [Entry(self.stem(layer) + name, *what) for name, what in form.spec(layer.shape).items()]
-        there = [Entry(f"{layer.name}.{part.name}", part.dtype, part.shape) for part in form.codec.parts(layer.shape)]
-        most = sum(cost(entry, 10 ** (_DIGITS - 1), several=several) for entry in here)
-        return most - sum(cost(entry, 0, several=several) for entry in there)
+        def more(here: Sequence[Entry], there: Sequence[Entry]) -> int:
+            upper = sum(entry.nbytes + entry.most_bytes(largest, sharded=sharded) for entry in here)
+            return upper - sum(entry.nbytes + entry.least_bytes() for entry in there)
+
+        layers = sum(max(more(here, there) for here, there in found) for found in forms.values())
+        rest = sum(more(here, [Entry(name, *self.anatomy.kept[name])]) for name, here in kept.items())
+        return layers + rest + fixed_bytes(shards) - least_fixed_bytes()
+
+    def _forms(self, layer: Layer) -> list[tuple[list[Entry], list[Entry]]]:
+        """A layer's tensors here and in an artifact, in each codec that it can have."""
+        found = []
+        for codec in (parse(DENSE), *(form.codec for form in FORMS.values())):
+            if codec.accepts(layer.stored_shape) and rules.refuses(self.anatomy, layer, codec, 1) is None:
+                parts = codec.parts(layer.stored_shape)
+                there = [Entry(f"{layer.name}.{part.name}", part.dtype, part.shape) for part in parts]
+                found.append((self._layer_entries(layer, str(codec)), there))
+        return found
 
     def write(self, codecs: Mapping[str, Codec], path: Path, read: Read) -> None:
         texts = {name: str(codec) for name, codec in codecs.items()}
@@ -155,6 +167,10 @@ class FolderTarget:
 
     def stored(self, path: Path) -> StoredFolder:
         return StoredFolder(path, self)
+
+
+def _data(entries: Sequence[Entry]) -> int:
+    return sum(entry.nbytes for entry in entries)
 
 
 def _turned(layer: Layer | None) -> bool:
@@ -236,6 +252,12 @@ class StoredFolder:
         weight = self._loader.load([layer.parameter])[layer.parameter]
         weight = weight.transpose(-1, -2) if layer.transposed else weight
         return {"weight": weight.reshape(layer.stored_shape)}
+
+    said = ""
+
+    def inputs(self, layer: Layer, codec: Codec) -> Rounding | None:
+        """How inputs are rounded where the scheme asks for it."""
+        return rounding(codec, lambda: self.tensors(layer, codec))
 
     def kept(self, name: str) -> Tensor:
         """A kept parameter's value."""
@@ -329,5 +351,4 @@ ENGINE = Engine(
     together=rules.together,
     fallback=DENSE,
     splits=True,
-    inputs=rounding,
 )
