@@ -63,6 +63,14 @@ Ranks = Annotated[
 ]
 Tune = Annotated[
     bool | None,
+Accuracy = Annotated[
+    int | None,
+    typer.Option(
+        "--onnx-accuracy-level",
+        help="Arithmetic of --for onnx: 0 as ONNX Runtime likes, 1 float32 (default), 2 float16, 3 bfloat16, "
+        "4 inputs rounded to 8 bits.",
+    ),
+]
     typer.Option(
         "--tune/--no-tune", help="Tune each block's scales and rounding after encoding. Default: with --effort best."
     ),
@@ -138,6 +146,7 @@ def plan(
     tensor_parallel: Ranks = 1,
     as_json: Json = False,
 ) -> None:
+    onnx_accuracy_level: Accuracy = None,
     """Choose codecs within a budget; show exact sizes and the cost of the run. Encodes nothing."""
     values = dict(locals())
     for name in ("model", "fast", "output", "as_json"):
@@ -190,6 +199,7 @@ def compress(
     tensor_parallel: Ranks = 1,
     as_json: Json = False,
 ) -> None:
+    onnx_accuracy_level: Accuracy = None,
     """Compress a model within a budget, verify the result and measure it. Continues an interrupted run."""
     values = dict(locals())
     for name in ("model", "output", "plan", "overwrite", "restart", "engine", "as_json"):
@@ -274,10 +284,18 @@ def export(
     tensor_parallel: Ranks = 1,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")] = False,
 ) -> None:
+    onnx_accuracy_level: Accuracy = None,
     """Write an artifact as another engine's file."""
     from tersor import api
 
-    size = api.export(artifact, output, engine=to, overwrite=overwrite, tensor_parallel=tensor_parallel)
+    size = api.export(
+        artifact,
+        output,
+        engine=to,
+        overwrite=overwrite,
+        tensor_parallel=tensor_parallel,
+        onnx_accuracy_level=onnx_accuracy_level,
+    )
     sys.stdout.write(f"{output}: {size:,} bytes\n")
 
 

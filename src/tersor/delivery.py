@@ -61,7 +61,12 @@ def engine_for(options: Options) -> Engine | None:
         raise BadInput(
             f"{options.engine} does not split layers over processors; give --tensor-parallel for {able} only."
         )
-    return engine
+    if options.onnx_accuracy_level is None:
+        return engine
+    if engine is None or engine.at_level is None:
+        able = " or ".join(name for name, one in ENGINES.items() if one.at_level is not None) or "another engine"
+        raise BadInput(f"Files for {options.engine} say nothing of it; give --onnx-accuracy-level for {able} only.")
+    return engine.at_level(options.onnx_accuracy_level)
 
 
 def _job(engine: Engine, model: str | Path | nn.Module, options: Options, cache_dir: Path | None) -> _Job:

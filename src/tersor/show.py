@@ -218,7 +218,7 @@ def _proof_rows(proof: Proof) -> list[tuple[str, str]]:
     return [
         (f"KL by {proof.by}", f"{proof.engine.kl:.5f} ± {proof.engine.kl_error:.5f} nats/token"),
         ("KL by our decoding", f"{proof.ours.kl:.5f} ± {proof.ours.kl_error:.5f} nats/token"),
-        ("between the two", f"{proof.noise:.2g} nats/token: the engine's own arithmetic"),
+        ("between the two", f"{proof.noise:.2g} nats/token: the engine's own arithmetic{_asked(proof)}"),
         ("perplexity", f"{proof.engine.perplexity:.3f} (reference {proof.engine.reference_perplexity:.3f})"),
         ("top-1 agreement", f"{proof.engine.top1:.2%}"),
         ("measured on", f"{proof.engine.tokens:,} tokens of {proof.engine.text}"),
@@ -277,6 +277,10 @@ def inspection_data(found: Inspection) -> dict[str, Any]:
         "tensors": [asdict(fate) for fate in found.anatomy.tensors],
         "errors": {name: dict(errors) for name, errors in found.errors.items()},
         "notes": list(found.anatomy.notes),
+def _asked(proof: Proof) -> str:
+    return f", {proof.said}" if proof.said else ""
+
+
     }
 
 

@@ -24,6 +24,7 @@ from tersor.contracts import Anatomy, Codec, Gram
 from tersor.engines.compressed_tensors.engine import ENGINE, FolderTarget
 from tersor.engines.compressed_tensors.files import Entry, file_bytes, write_files
 from tersor.engines.compressed_tensors.forms import DENSE, FORMS, text_of
+from tersor.engines.compressed_tensors.inputs import rounding
 from tersor.engines.compressed_tensors.rules import refuses
 from tersor.errors import BadInput, CorruptArtifact
 from tersor.solvers import Encoder, Nearest
@@ -326,10 +327,10 @@ def test_what_rounding_inputs_does_is_predicted(text: str, model: Callable[..., 
         linear.input_scale.data = parts["input_scale"].float()
     inputs = torch.randn(2, 9, 128, generator=torch.Generator().manual_seed(1)) * 2
     inputs[0, 3] = 0
-    rounding = ENGINE.inputs(form.codec, lambda: parts)
-    assert rounding is not None
+    ours = rounding(form.codec, lambda: parts)
+    assert ours is not None
     theirs = forward_quantize(linear, inputs, "input", scheme.input_activations)
-    assert torch.equal(rounding(inputs), theirs)
+    assert torch.equal(ours(inputs), theirs)
     assert not torch.equal(inputs, theirs)
 
 

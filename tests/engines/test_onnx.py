@@ -37,7 +37,8 @@ from tersor.engines.table import engine_of
 from tersor.errors import BadInput, CorruptArtifact, EngineFailed, Infeasible
 from tersor.solvers import Nearest
 from tersor.stages.allocate import artifact_layout, dense_layout
-from tersor.stages.context import as_parameter
+from tersor.stages.context import as_parameter, silent
+from tersor.stages.prove import prove_file
 
 NOISE = 2e-5
 """How far logits of about 1 may differ where both sides compute in float32."""
@@ -372,6 +373,64 @@ def test_nothing_is_left_of_a_folder_that_fails(rounded: Callable[..., Model], t
     with pytest.raises(CorruptArtifact, match="gone"):
         ONNX.open(model.source, model.anatomy).write(model.codecs, tmp_path / "x", read)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ("int4:g32:asym",),
+        ("sint4:g32",),
+        ("sint8:g32",),
+        ("sint2:g32",),
+        ("int4:g16:asym", "int8:g16:asym", "int4:g32"),
+    ],
+)
+def test_products_of_integers_are_predicted(texts: tuple[str, ...], rounded: Callable[..., Model], tmp_path: Path):
+    """At level 4 inputs are rounded to 8 bits, which the prediction follows; at the others they are not."""
+    noise = {}
+    for level in range(5):
+        engine = ONNX.at_level(level)
+        model = rounded("llama-tied", engine, *texts)
+        target = engine.open(model.source, model.anatomy)
+        path = tmp_path / str(level)
+        target.write(model.codecs, path, model.read)
+        stored = target.stored(path)
+        assert stored.said == f"accuracy_level {level}"
+        assert target.file_bytes(_texts(model)) == stored.nbytes
+        ids = torch.randint(0, 100, (2, 24), generator=torch.Generator().manual_seed(1))
+        settings = {"chunk": 1, "workers": 1, "origin": "x", "progress": silent}
+        body = skeleton(model.source)
+        proof = prove_file(path, engine, model.source, body, target, ids, **settings)
+        assert proof.said == stored.said
+        noise[level] = proof.noise
+        assert proof.ours.kl == pytest.approx(proof.engine.kl, rel=0.05)
+    assert all(noise[level] < 1e-8 for level in (0, 1, 2, 3))
+    # Some kernels round inputs otherwise than most: in others than the weights' groups, or not at all.
+    assert noise[4] < 1e-4
+
+
+def test_levels_are_asked_for_where_files_have_them(folder: Callable[[str], Path], tmp_path: Path):
+    text = tiny_runs.text(tmp_path / "text.txt")
+    given = {"text": text, "cache_dir": tmp_path / "cache", **tiny_runs.SETTINGS}
+    path, plain = tmp_path / "x", folder("llama-tied")
+    done = api.compress_for("onnx", plain, path, size=95_000, onnx_accuracy_level=4, **given)
+    assert done.proof is not None
+    assert done.proof.said == "accuracy_level 4"
+    assert json.loads((tmp_path / "x.json").read_text())["proof"]["said"] == "accuracy_level 4"
+    nodes = onnx.load(path / MODEL, load_external_data=False).graph.node
+    levels = [one.i for node in nodes for one in node.attribute if one.name == "accuracy_level"]
+    assert levels
+    assert set(levels) == {4}
+    assert "accuracy_level 4" in CliRunner().invoke(
+        app, ["prove", str(path), "--against", str(plain), "--text", str(text), *tiny_runs.OPTIONS[:6]]
+    ).stdout.replace("\n", " ")
+    with pytest.raises(
+        BadInput, match="Files for onnx-qdq say nothing of it; give --onnx-accuracy-level for onnx only"
+    ):
+        api.compress_for("onnx-qdq", plain, tmp_path / "y", size=95_000, onnx_accuracy_level=4, **given)
+    with pytest.raises(BadInput, match="--onnx-accuracy-level 5 cannot be used; give a whole number from 0 to 4"):
+        api.plan(plain, size=95_000, engine="onnx", onnx_accuracy_level=5, **given)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

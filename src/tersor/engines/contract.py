@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from tersor.anatomy import Source
@@ -24,7 +25,10 @@ Rounding = Callable[[Tensor], Tensor]
 
 
 class Stored(Protocol):
-    """An engine's file read back. ``texts``: the codec of every layer. ``nbytes``: of all that the budget counts."""
+    """An engine's file read back. ``texts``: the codec of every layer. ``nbytes``: of all that the budget counts.
+
+    ``said``: what it asks of the engine's arithmetic, or nothing.
+    """
 
     @property
     def texts(self) -> Mapping[str, str]: ...
@@ -38,6 +42,17 @@ class Stored(Protocol):
 
     def kept(self, name: str) -> Tensor:
         """A kept parameter's value, as the model has it."""
+        ...
+
+    def holds(self, name: str, value: Tensor) -> bool:
+        """Whether it holds ``value`` for a kept parameter, bit for bit in the type that the file has it in."""
+        ...
+
+    @property
+    def said(self) -> str: ...
+
+    def inputs(self, layer: Layer, codec: Codec) -> Rounding | None:
+        """How the engine rounds what it multiplies by a layer of this file; None where it does not."""
         ...
 
 
@@ -83,6 +98,13 @@ class Running(Protocol):
         ...
 
 
+def written_alike(found: Tensor, value: Tensor) -> bool:
+    """Whether ``found`` is ``value`` in its own type, bit for bit, NaN and signs of zeros included."""
+    wanted = value.to(found.dtype)
+    bits = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (found, wanted))
+    return found.shape == wanted.shape and torch.equal(*bits)
+
+
 @dataclass(frozen=True)
 class Engine:
     """An engine. Functions of it are pure unless they say that they write or run something.
@@ -92,8 +114,8 @@ class Engine:
     run anywhere. ``refuses(anatomy, layer, codec, ranks)``: why this layer cannot have that codec when split over
     ``ranks`` processors, or None. ``together(layer)``: key of the layers that it fuses, which need one codec.
     ``fallback``: what a layer gets for which no candidate is left; empty where that is an error. ``splits``: whether
-    it can split layers over processors. ``inputs(codec, tensors)``: how it rounds the inputs of a layer before it
-    multiplies, or None; ``tensors()`` are the layer's stored ones. ``open``: see :class:`Opener`.
+    it can split layers over processors. ``at_level(level)``: this engine with files that ask
+    for an accuracy level of its arithmetic; None where they cannot. ``open``: see :class:`Opener`.
     ``recognises(path)``: whether a file or folder is one of its. ``installed()``, ``run(path, length, threads)``: the
     real engine, which raises EngineFailed.
     """
@@ -111,7 +133,7 @@ class Engine:
     together: Callable[[Layer], str | None] = lambda _layer: None
     fallback: str = ""
     splits: bool = False
-    inputs: Callable[[Codec, Callable[[], Mapping[str, Tensor]]], Rounding | None] = lambda _codec, _tensors: None
+    at_level: Callable[[int], Engine] | None = None
 
     @property
     def unproven(self) -> str:

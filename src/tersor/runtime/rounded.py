@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,10 +14,10 @@ from tersor.runtime.stream import BlockStream
 
 
 class RoundedStream(BlockStream):
-    """A :class:`BlockStream` in whose blocks the inputs of layers are rounded before they are multiplied.
+    """A :class:`BlockStream` in which the inputs of linear layers are rounded before they are multiplied.
 
-    ``rounding(layer)``: what is done to inputs ``(..., in)`` of a linear layer, or None; asked for whenever a block is
-    loaded.
+    ``rounding(layer)``: what is done to inputs ``(..., in)`` of a layer's products, or None. Of an embedding it is
+    asked where that is the head too, for what the head multiplies.
     """
 
     def __init__(
@@ -31,22 +30,22 @@ class RoundedStream(BlockStream):
         dtype: torch.dtype,
     ) -> None:
         super().__init__(model, anatomy, load, dtype=dtype)
-        self._anatomy, self._rounding = anatomy, rounding
+        for layer in anatomy.layers:
+            owner = self._multiplying(anatomy, layer)
+            found = None if owner is None else rounding(layer)
+            if owner is not None and found is not None:
+                owner.register_forward_pre_hook(_before(found))
 
-    @contextmanager
-    def block(self, k: int) -> Iterator[nn.Module]:
-        with super().block(k) as module:
-            handles = []
-            for layer in self._anatomy.layers_of(k):
-                found = self._rounding(layer) if layer.kind == "linear" else None
-                if found is not None:
-                    owner = module.get_submodule(layer.name.removeprefix(f"{self._anatomy.blocks[k]}."))
-                    handles.append(owner.register_forward_pre_hook(_before(found)))
-            try:
-                yield module
-            finally:
-                for handle in handles:
-                    handle.remove()
+    def _multiplying(self, anatomy: Anatomy, layer: Layer) -> nn.Module | None:
+        """The module of this stream that multiplies by a layer's weight alone; None where there is none."""
+        if layer.block is not None:
+            path = layer.name.removeprefix(f"{anatomy.blocks[layer.block]}.")
+            return self._blocks[layer.block].get_submodule(path) if layer.kind == "linear" else None
+        if layer.name != anatomy.head:
+            return None
+        parameter = layer.tied[0] if layer.tied else layer.parameter
+        owner = self._back_model.get_submodule(parameter.rpartition(".")[0])
+        return owner if isinstance(owner, nn.Linear) else None
 
 
 def _before(rounding: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:

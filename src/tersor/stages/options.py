@@ -119,6 +119,7 @@ _COUNTS = {
     "samples": (0, 2),
     "seed": (0, 2**32 - 1),
     "tensor_parallel": (1, None),
+    "onnx_accuracy_level": (0, 4),
     "workers": (1, None),
     "max_memory": (1, None),
 }
@@ -137,6 +138,7 @@ class Options:
     blocks before it. ``share_fused``: layers that engines fuse get one codec.
     ``eval_text``: what the final quality is measured on (None: text held out from the calibration). ``engine``: what is
     to run it, whose rules planning keeps. ``tensor_parallel``: processors over which that engine splits each layer.
+    ``onnx_accuracy_level``: in what arithmetic ONNX Runtime may multiply, 0 to 4 (None: 1, float32).
     """
 
     budget: Budget | None
@@ -160,6 +162,7 @@ class Options:
     samples: int = 2
     engine: str = "transformers"
     tensor_parallel: int = 1
+    onnx_accuracy_level: int | None = None
     workers: int | None = None
     max_memory: int | None = None
     trust_remote_code: bool = False
@@ -185,7 +188,7 @@ class Options:
     def identity(self) -> dict[str, Any]:
         """What an interrupted run must share with the command that continues it."""
         plain = asdict(self)
-        for free in ("workers", "max_memory", "trust_remote_code", "revision"):
+        for free in ("workers", "max_memory", "trust_remote_code", "revision", "onnx_accuracy_level"):
             plain.pop(free)
         return plain
 

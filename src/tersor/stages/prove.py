@@ -28,7 +28,8 @@ class Proof:
 
     ``by``: the engine's name. ``engine``: its output against the source's. ``ours``: what our own decoding of the same
     file predicts, with inputs rounded where the file asks for it. ``noise``: KL (prediction ‖ engine) in nats per
-    token: the engine's arithmetic, if the file is read alike. ``file_bytes``: its size, as budgets count it.
+    token: the engine's arithmetic, if the file is read alike. ``file_bytes``: its size, as budgets count it. ``said``:
+    what the file asks of the engine's arithmetic, if anything.
     """
 
     path: Path
@@ -37,6 +38,7 @@ class Proof:
     ours: Quality
     noise: float
     file_bytes: int
+    said: str = ""
 
 
 def stored_loader(stored: Stored, anatomy: Anatomy, dtype: torch.dtype) -> Callable[[Sequence[str]], dict[str, Tensor]]:
@@ -70,7 +72,7 @@ def prove_file(
 
     def rounding(layer: Layer) -> Rounding | None:
         codec = parse(stored.texts[layer.name])
-        return engine.inputs(codec, lambda: stored.tensors(layer, codec))
+        return stored.inputs(layer, codec)
 
     second = RoundedStream(model, anatomy, stored_loader(stored, anatomy, dtype), rounding, dtype=dtype)
     totals = [DivergenceAccumulator() for _ in range(3)]
@@ -92,7 +94,7 @@ def prove_file(
         first.close()
         second.close()
     by_engine, predicted, between = (total.quality(origin) for total in totals)
-    return Proof(path, engine.name, by_engine, predicted, between.kl, stored.nbytes)
+    return Proof(path, engine.name, by_engine, predicted, between.kl, stored.nbytes, stored.said)
 
 
 def _three_ways(

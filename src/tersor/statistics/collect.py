@@ -22,6 +22,8 @@ from tersor.contracts import Gram, Layer
 from tersor.errors import NotFinite
 from tersor.parallel import in_order
 
+_STRIPS = 4
+"""Into which a Gram matrix is cut; more save little."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -163,7 +165,7 @@ def _at(function: Callable[[Item], Result], items: Sequence[Item], index: int) -
 def second_moment(use: Use) -> Tensor:
     """``Σ_tokens x xᵀ`` of one input, ``(in, in)`` float32. Raises NotFinite naming the layer."""
     x = use.inputs.detach().to(torch.float32)
-    product = x.T @ x
+    product = _with_itself(x)
     if not torch.isfinite(product.diagonal()).all():
         bad = int((~torch.isfinite(x)).any(1).sum())
         found = f"{bad} of {len(x)} tokens have NaN or Inf" if bad else f"up to {float(x.abs().max()):.2g}"
@@ -171,6 +173,18 @@ def second_moment(use: Use) -> Tensor:
             f"Activations entering {use.layer.name} are not finite or too large to square ({found}); check the "
             f"source model, or run with --dtype float32."
         )
+    return product
+
+
+def _with_itself(x: Tensor) -> Tensor:
+    """``xᵀ x``, of which strips of columns are computed from the diagonal on and mirrored: the same bits as the plain
+    product, for two thirds of its time."""
+    width = x.shape[1]
+    product = x.new_empty(width, width)
+    for start in range(0, width, max(-(-width // _STRIPS), 1)):
+        stop = min(start + -(-width // _STRIPS), width)
+        product[start:stop, start:] = x[:, start:stop].T @ x[:, start:]
+        product[stop:, start:stop] = product[start:stop, stop:].T
     return product
 
 

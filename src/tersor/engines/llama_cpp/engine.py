@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 from tersor.anatomy import Source
 from tersor.anatomy.packed.gguf import open_reader
 from tersor.contracts import Anatomy, Codec, Layer
-from tersor.engines.contract import Engine, Read
+from tersor.engines.contract import Engine, Read, written_alike
 from tersor.engines.llama_cpp.library import LlamaCpp, LoadedModel, find_library
 from tersor.engines.llama_cpp.names import Piece, architecture, gguf, kept_value, pieces
 from tersor.engines.llama_cpp.tokenizer import read_vocabulary
@@ -141,6 +141,11 @@ class Stored:
                 raw[piece.rows] = data
         return {part.name: raw if part.dtype == torch.uint8 else raw.view(part.dtype)}
 
+    said = ""
+
+    def inputs(self, _layer: Layer, _codec: Codec) -> None:
+        """It rounds inputs to 8 bits, in blocks and by a rule of each type's own, which is not followed here."""
+
     def kept(self, name: str) -> Tensor:
         """A kept parameter's value, float32, as the model has it."""
         (piece,) = self._places[name]
@@ -149,6 +154,13 @@ class Stored:
         value[piece.rows if piece.rows is not None else slice(None)] = found.reshape(piece.shape)
         added = kept_value(name, torch.zeros(1), self._recipe.config)
         return value - added
+
+    def holds(self, name: str, value: Tensor) -> bool:
+        """Whether a kept parameter is ``value``, as it is written: what was added cannot be taken off exactly."""
+        (piece,) = self._places[name]
+        wanted = kept_value(name, value, self._recipe.config)
+        found = torch.from_numpy(self._tensor(piece).data.copy()).reshape(piece.shape)
+        return written_alike(found, (wanted if piece.rows is None else wanted[piece.rows]).reshape(piece.shape))
 
 
 @dataclass(frozen=True)

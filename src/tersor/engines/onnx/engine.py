@@ -148,6 +148,11 @@ def _recognises(operators: Operators) -> Callable[[Path], bool]:
     return known
 
 
+def _at_level(level: int) -> Engine:
+    """ONNX with products at another ``accuracy_level``, 0 to 4."""
+    return ONNX if level == ACCURACY else _engine(NBits(level), _NBITS, _NAMED)
+
+
 def _engine(operators: Operators, texts: tuple[str, ...], named: tuple[str, ...] = ()) -> Engine:
     return Engine(
         name=operators.engine,
@@ -161,6 +166,7 @@ def _engine(operators: Operators, texts: tuple[str, ...], named: tuple[str, ...]
         run=run,
         refuses=_refuses(operators),
         fallback=_DENSE,
+        at_level=_at_level if isinstance(operators, NBits) else None,
     )
 
 

@@ -7,6 +7,7 @@ import mmap
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from tersor.anatomy import Source
 from tersor.codecs import parse
 from tersor.codecs.dense import Dense
 from tersor.contracts import Anatomy, Codec, Layer
-from tersor.engines.contract import Read
+from tersor.engines.contract import Read, Rounding, written_alike
 from tersor.engines.onnx.build import DATA, LAYERS, Built, Entry, parameter_shape
 from tersor.engines.onnx.layout import Pieces, grid_of, put_together, take_apart
-from tersor.engines.onnx.operators import Operators
+from tersor.engines.onnx.operators import INTEGERS, Operators, round_groups
 from tersor.errors import BadInput, CorruptArtifact
 
 MODEL = "model.onnx"
@@ -107,6 +108,16 @@ def open_model(path: Path) -> Any:
         raise CorruptArtifact(f"{file} is not a whole ONNX file ({error}); write or fetch it again.") from error
 
 
+def _levels(model: Any) -> dict[str, int]:
+    """``accuracy_level`` of each product with encoded weights, by the name of its codes."""
+    return {
+        # Left out, it is 0.
+        node.input[1]: next((int(one.i) for one in node.attribute if one.name == "accuracy_level"), 0)
+        for node in model.graph.node
+        if node.op_type == "MatMulNBits"
+    }
+
+
 class Folder:
     """An ONNX folder of ours, read back; see :class:`~tersor.engines.contract.Stored`.
 
@@ -119,6 +130,7 @@ class Folder:
         self._kept = anatomy.kept
         model = open_model(path)
         self.texts = self._read_texts({prop.key: prop.value for prop in model.metadata_props})
+        self._levels = _levels(model)
         self._held = {tensor.name: tensor for tensor in model.graph.initializer}
         data = path / DATA
         if not data.is_file():
@@ -147,9 +159,25 @@ class Folder:
         turned = stacked.transpose(1, 2) if layer.transposed else stacked
         return {part: turned.reshape(layer.stored_shape).contiguous()}
 
+    @property
+    def said(self) -> str:
+        """At which ``accuracy_level`` products are asked for."""
+        levels = sorted(set(self._levels.values()))
+        return f"accuracy_level {' and '.join(map(str, levels))}" if levels else ""
+
+    def inputs(self, layer: Layer, codec: Codec) -> Rounding | None:
+        """How the runtime rounds inputs: at level 4 to 8 bits, in the groups that the layer's weights have."""
+        grid = grid_of(codec)
+        if grid is None or grid.group is None or self._levels.get(f"{layer.name}.codes") != INTEGERS:
+            return None
+        return partial(round_groups, grid.group)
+
     def kept(self, name: str) -> Tensor:
         dtype, shape = self._kept[name]
         return self._tensor(name, dtype, shape)
+
+    def holds(self, name: str, value: Tensor) -> bool:
+        return written_alike(self.kept(name), value)
 
     def _read_texts(self, props: Mapping[str, str]) -> dict[str, str]:
         try:

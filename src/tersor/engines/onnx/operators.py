@@ -18,7 +18,9 @@ from tersor.engines.onnx.layout import Grid, Pieces
 
 DOMAIN = "com.microsoft"
 ACCURACY = 1
-"""``accuracy_level`` of products: activations stay float32 (4 would let the runtime round them to 8 bits)."""
+"""``accuracy_level`` of products unless another is asked for: activations stay float32."""
+INTEGERS = 4
+"""That at which the runtime may round inputs to 8-bit integers; 0 is as it likes, 2 float16 and 3 bfloat16."""
 _GROUPS = (16, 32, 64, 128, 256)
 
 Values = Mapping[str, Any]
@@ -66,10 +68,16 @@ class Operators(Protocol):
 
 
 class NBits:
-    """ONNX Runtime's operators for integers of 2, 4 or 8 bits in groups."""
+    """ONNX Runtime's operators for integers of 2, 4 or 8 bits in groups.
+
+    ``accuracy``: in what arithmetic products may be computed at least, 0 to :data:`INTEGERS`.
+    """
 
     engine = "onnx"
     opset = 20
+
+    def __init__(self, accuracy: int = ACCURACY) -> None:
+        self.accuracy = accuracy
 
     def refuses(self, grid: Grid, *, lookup: bool) -> str | None:
         if grid.bits not in (2, 4, 8):
@@ -107,7 +115,7 @@ class NBits:
             nodes = _filled((shape[0], grid.groups(shape[1])), (2**grid.bits - 1) / 2, torch.float32)
             operands.append(nodes[-1].outputs[0])
         attributes = {"K": shape[1], "N": shape[0], "bits": grid.bits, "block_size": grid.group}
-        attributes["accuracy_level"] = ACCURACY
+        attributes["accuracy_level"] = self.accuracy
         return [*nodes, onnx_ir.node("MatMulNBits", operands, attributes, domain=DOMAIN)]
 
     def look_up(self, grid: Grid, shape: Shape, values: Values, ids: Any) -> list[Any]:
@@ -200,6 +208,14 @@ class Qdq:
             return [values["zero"]]
         nodes = _filled(self.pieces(grid, shape)["scale"][1], 2 ** (grid.bits - 1), torch.uint8)
         return [*nodes, nodes[-1].outputs[0]]
+
+
+def round_groups(group: int, x: Tensor) -> Tensor:
+    """``x (..., in)`` as ONNX Runtime's products with integers have it: 8 bits, a scale for every ``group`` inputs."""
+    parts = x.reshape(*x.shape[:-1], -1, group)
+    scale = parts.abs().amax(-1, keepdim=True) / 127
+    codes = (parts * torch.where(scale == 0, 0.0, 1 / scale)).round()
+    return (codes * scale).reshape(x.shape)
 
 
 def constant(value: Tensor) -> Any:
