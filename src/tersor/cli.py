@@ -61,8 +61,6 @@ Engine = Annotated[
 Ranks = Annotated[
     int, typer.Option("--tensor-parallel", help="Processors that the engine named by --for splits each layer over.")
 ]
-Tune = Annotated[
-    bool | None,
 Accuracy = Annotated[
     int | None,
     typer.Option(
@@ -71,6 +69,8 @@ Accuracy = Annotated[
         "4 inputs rounded to 8 bits.",
     ),
 ]
+Tune = Annotated[
+    bool | None,
     typer.Option(
         "--tune/--no-tune", help="Tune each block's scales and rounding after encoding. Default: with --effort best."
     ),
@@ -144,9 +144,9 @@ def plan(
     revision: Revision = None,
     engine: Engine = "transformers",
     tensor_parallel: Ranks = 1,
+    onnx_accuracy_level: Accuracy = None,
     as_json: Json = False,
 ) -> None:
-    onnx_accuracy_level: Accuracy = None,
     """Choose codecs within a budget; show exact sizes and the cost of the run. Encodes nothing."""
     values = dict(locals())
     for name in ("model", "fast", "output", "as_json"):
@@ -197,9 +197,9 @@ def compress(
     revision: Revision = None,
     engine: Engine = "transformers",
     tensor_parallel: Ranks = 1,
+    onnx_accuracy_level: Accuracy = None,
     as_json: Json = False,
 ) -> None:
-    onnx_accuracy_level: Accuracy = None,
     """Compress a model within a budget, verify the result and measure it. Continues an interrupted run."""
     values = dict(locals())
     for name in ("model", "output", "plan", "overwrite", "restart", "engine", "as_json"):
@@ -282,9 +282,9 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="File or folder to write.")],
     to: Annotated[str, typer.Option("--to", help="The engine, named as for --for.")] = "llama.cpp",
     tensor_parallel: Ranks = 1,
+    onnx_accuracy_level: Accuracy = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")] = False,
 ) -> None:
-    onnx_accuracy_level: Accuracy = None,
     """Write an artifact as another engine's file."""
     from tersor import api
 

@@ -214,6 +214,10 @@ def result_table(result: Result) -> None:
     _facts("Compressed", rows)
 
 
+def _asked(proof: Proof) -> str:
+    return f", {proof.said}" if proof.said else ""
+
+
 def _proof_rows(proof: Proof) -> list[tuple[str, str]]:
     return [
         (f"KL by {proof.by}", f"{proof.engine.kl:.5f} ± {proof.engine.kl_error:.5f} nats/token"),
@@ -277,10 +281,6 @@ def inspection_data(found: Inspection) -> dict[str, Any]:
         "tensors": [asdict(fate) for fate in found.anatomy.tensors],
         "errors": {name: dict(errors) for name, errors in found.errors.items()},
         "notes": list(found.anatomy.notes),
-def _asked(proof: Proof) -> str:
-    return f", {proof.said}" if proof.said else ""
-
-
     }
 
 
