@@ -253,9 +253,10 @@ def write_file(folder: Path, output: Path, target: Target, *, most: int | None =
             same = stored.texts[name] == str(codec)
             written = stored.tensors(layer, codec) if same else {}
             if not same or any(not written[part].equal(tensor) for part, tensor in artifact.tensors(name).items()):
-                raise VerificationFailed(
-                    f"{output} does not hold {name} as it was written; check the disk and run again."
-                )
+                raise _differs(output, name)
+        for name in target.anatomy.kept:
+            if not stored.holds(name, artifact.kept(name)):
+                raise _differs(output, name)
         if most is not None and stored.nbytes > most:
             raise VerificationFailed(
                 f"{output} would have {stored.nbytes:,} bytes, over the {most:,} asked for; please report this."
@@ -265,6 +266,10 @@ def write_file(folder: Path, output: Path, target: Target, *, most: int | None =
     finally:
         _remove(partial)
     return stored.nbytes
+
+
+def _differs(output: Path, name: str) -> VerificationFailed:
+    return VerificationFailed(f"{output} does not hold {name} as it was written; check the disk and run again.")
 
 
 def export_to(

@@ -26,11 +26,15 @@ _CONVERSION_ERRORS = (RuntimeError, ValueError, KeyError, IndexError, TypeError,
 
 @dataclass(frozen=True)
 class Target:
-    """A parameter that the source provides, as it will be: ``sources`` are the tensors it is made of, in order."""
+    """A parameter that the source provides, as it will be: ``sources`` are the tensors it is made of, in order.
+
+    ``plain``: it is a tensor of the source as it stands there, perhaps under another name.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     sources: tuple[str, ...]
+    plain: bool
 
 
 @dataclass
@@ -60,7 +64,7 @@ class WeightLoader:
             made = self._assemble(assembly, lambda info: torch.empty(info.shape, dtype=info.dtype, device="meta"))
             names = tuple(name for name, _ in assembly.parts)
             for parameter, tensor in made.items():
-                self.targets[parameter] = Target(tensor.dtype, tuple(tensor.shape), names)
+                self.targets[parameter] = Target(tensor.dtype, tuple(tensor.shape), names, assembly.converter is None)
                 self._made_by[parameter] = assembly
         self._aliases = aliases(model)
 

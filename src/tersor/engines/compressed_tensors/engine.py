@@ -27,7 +27,7 @@ from tersor.engines.compressed_tensors.files import SHARD, Entry, file_bytes, st
 from tersor.engines.compressed_tensors.forms import DENSE, FORMS, form_of, text_of
 from tersor.engines.compressed_tensors.inputs import rounding
 from tersor.engines.compressed_tensors.process import run
-from tersor.engines.contract import Engine, Read, Rounding
+from tersor.engines.contract import Engine, Read, Rounding, written_alike
 from tersor.errors import BadInput, CorruptArtifact
 
 NAME = "compressed-tensors"
@@ -129,14 +129,12 @@ class FolderTarget:
         def value(entry: Entry) -> Tensor:
             nonlocal held
             of = owners[entry]
-            if len(self.origins[layers[of].parameter if of in layers else of]) > 1 or _turned(layers.get(of)):
-                return map_tensor(self.source.tensors[entry.name]).to(entry.dtype)
             found = read(of)
             if isinstance(found, Tensor):
                 return found.to(entry.dtype)
             form = form_of(texts[of])
             if form is None:
-                return found["weight"]
+                return found["weight"].T if layers[of].transposed else found["weight"]
             if held[0] != of:
                 held = (of, form.put(found, layers[of].shape))
             return held[1][entry.name.removeprefix(self.stem(layers[of]))]
@@ -171,10 +169,6 @@ class FolderTarget:
 
 def _data(entries: Sequence[Entry]) -> int:
     return sum(entry.nbytes for entry in entries)
-
-
-def _turned(layer: Layer | None) -> bool:
-    return layer is not None and layer.kind == "conv1d"
 
 
 def quantization_config(anatomy: Anatomy, texts: Mapping[str, str]) -> dict[str, Any]:
@@ -263,6 +257,10 @@ class StoredFolder:
         """A kept parameter's value."""
         return self._loader.load([name])[name]
 
+    def holds(self, name: str, value: Tensor) -> bool:
+        """Whether a kept parameter is ``value``."""
+        return written_alike(self.kept(name), value)
+
 
 def _settings(path: Path) -> tuple[dict[str, str], list[str]]:
     """Codec by target, and targets to ignore. Raises BadInput for schemes that are not read here."""
@@ -306,23 +304,28 @@ def _text_in(layer: Layer, schemes: Mapping[str, str], ignored: Sequence[str]) -
     return DENSE if found is None else schemes[found]
 
 
+def _parameters(anatomy: Anatomy) -> list[str]:
+    return [*(layer.parameter for layer in anatomy.layers), *anatomy.kept]
+
+
 def _open(source: Source, anatomy: Anatomy, _cache_dir: Path | None = None) -> FolderTarget:
     library()
     loader = WeightLoader(source, skeleton(source))
-    parameters = [*(layer.parameter for layer in anatomy.layers), *anatomy.kept]
-    origins = {name: loader.targets[loader.provider(name) or name].sources for name in parameters}
+    targets = {name: loader.targets[loader.provider(name) or name] for name in _parameters(anatomy)}
     for layer in anatomy.layers:
-        names = origins[layer.parameter]
         if layer.kind == "experts":
             raise BadInput(
                 f"{layer.name} holds experts, which would stay in bf16 in compressed-tensors, and transformers loads "
                 f"no such folder; write this model for llama.cpp or transformers."
             )
-        if layer.kind == "linear" and (len(names) > 1 or not names[0].endswith("weight")):
+    linear = {layer.parameter for layer in anatomy.layers if layer.kind == "linear"}
+    for name, found in targets.items():
+        if not found.plain or (name in linear and not found.sources[0].endswith("weight")):
             raise BadInput(
-                f"{layer.name} is made of {', '.join(names[:2])} in {source.origin}, and compressed-tensors names its "
-                f"tensors after one weight; save the model anew with transformers first."
+                f"{name} is made of {', '.join(found.sources[:2])} in {source.origin}, and compressed-tensors names "
+                f"its tensors after one weight; save the model anew with transformers first."
             )
+    origins = {name: found.sources for name, found in targets.items()}
     return FolderTarget(source, anatomy, origins)
 
 
