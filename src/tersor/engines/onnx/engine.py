@@ -15,7 +15,7 @@ from tersor.engines.onnx.build import ALIGNMENT, ENGINE, Built, build
 from tersor.engines.onnx.files import MODEL, Folder, open_model, write_folder
 from tersor.engines.onnx.graph import open_graph
 from tersor.engines.onnx.layout import grid_of
-from tersor.engines.onnx.operators import NBits, Operators, Qdq
+from tersor.engines.onnx.operators import ACCURACY, NBits, Operators, Qdq
 from tersor.engines.onnx.runtime import PACKAGE, installed, run
 from tersor.errors import BadInput, CorruptArtifact
 
