@@ -41,6 +41,14 @@ struct RowInputs {
 
     const Activations& rounded;
     std::vector<float> group_sums;  // (tokens, groups): sums of the integers that stand for the inputs
+    // For rows_avx512: how many slices a byte of codes is cut into, and both planes laid out for that, slice by slice of
+    // 64 bytes of codes. 0 slices: codes are spread instead, and the planes are as they are in `rounded`.
+    const int8_t* high_of(int64_t token) const { return slices > 1 ? high.data() + token * width : rounded.high_of(token); }
+    const int8_t* low_of(int64_t token) const { return slices > 1 ? low.data() + token * width : rounded.low_of(token); }
+    int slices = 0;
+    int64_t width = 0;
+    std::vector<int8_t> high, low;
+
     // Those integers (tokens, width) for the loops that want them whole: in floats, or in 16 bits.
     std::vector<float> values;
     std::vector<int16_t> sixteen;

@@ -1,5 +1,6 @@
-// Row codes with 512-bit vectors: 64 codes are spread to bytes by a permutation and a multishift, whatever their width,
-// and multiplied as they are by vpdpbusd.
+// Row codes with 512-bit vectors. Codes of 1, 2, 4 and 8 bits are cut out of 64 bytes by shifts, a slice of every byte at a
+// time, and inputs are laid out to match (RowInputs::sliced); other widths are spread to bytes by a permutation and a
+// multishift. Codes, or the table entries that they name, are multiplied by vpdpbusd.
 #include "row_codes.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -7,36 +8,45 @@
 
 #include <algorithm>
 
-#define TERSOR_512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni,f16c,fma")))
+#define TERSOR_512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni,avx512dq,f16c,fma")))
 #define TERSOR_512_INLINE TERSOR_512 inline __attribute__((always_inline))
 
 namespace tersor {
 namespace {
 
-// How 64 codes of a width come out of their bytes: byte i of lane q is byte q * bits + i; code i of the lane begins at
-// bit i * bits.
-struct Spread {
-    __m512i place, shift, mask;
-    int64_t step;  // bytes for 64 codes
+// Bytes between what is used and what is fetched.
+constexpr int64_t AHEAD = 16384;
+
+// How codes of a width become bytes, a step of `bytes` bytes at a time.
+struct Cut {
+    __m512i place, shift, mask;  // byte i of lane q is byte q * bits + i; code i of the lane begins at bit i * bits
+    int64_t bytes;
 };
 
-TERSOR_512_INLINE Spread spread_of(int bits) {
+TERSOR_512_INLINE Cut cut_of(int bits, bool sliced) {
     alignas(64) uint8_t place[64], shift[64];
     for (int i = 0; i < 64; ++i) {
         place[i] = static_cast<uint8_t>(i / 8 * bits + i % 8) & 63;
         shift[i] = static_cast<uint8_t>(i % 8 * bits);
     }
     return {_mm512_load_si512(place), _mm512_load_si512(shift), _mm512_set1_epi8(static_cast<char>((1 << bits) - 1)),
-            8 * bits};
+            sliced ? 64 : 8 * bits};
 }
 
-// The first `count` of the bytes of 64 codes.
 TERSOR_512_INLINE __mmask64 first_bytes(int64_t count) { return count >= 64 ? ~0ULL : (1ULL << count) - 1; }
 
-TERSOR_512_INLINE __m512i codes_at(const uint8_t* from, __mmask64 here, const Spread& s) {
-    const __m512i bytes = _mm512_maskz_loadu_epi8(here, from);
-    const __m512i lanes = _mm512_permutexvar_epi8(s.place, bytes);
-    return _mm512_and_si512(_mm512_multishift_epi64_epi8(s.shift, lanes), s.mask);
+TERSOR_512_INLINE __m512i spread(__m512i bytes, const Cut& cut) {
+    const __m512i lanes = _mm512_permutexvar_epi8(cut.place, bytes);
+    return _mm512_and_si512(_mm512_multishift_epi64_epi8(cut.shift, lanes), cut.mask);
+}
+
+// Slice `Slice` of `Slices` of every byte; with no slices, 64 codes spread out.
+template <int Slices, int Slice>
+TERSOR_512_INLINE __m512i codes_of(__m512i bytes, const Cut& cut) {
+    if constexpr (Slices == 0) return spread(bytes, cut);
+    if constexpr (Slices == 1) return bytes;
+    if constexpr (Slice == 0) return _mm512_and_si512(bytes, cut.mask);
+    return _mm512_and_si512(_mm512_srli_epi16(bytes, Slice * (8 / std::max(Slices, 1))), cut.mask);
 }
 
 // 64 or 256 entries of a table, one plane.
@@ -58,49 +68,92 @@ struct Table {
     }
 };
 
-// Integer sums of one token for 16 lanes of 4 columns, by the weight of their bytes (1, 256, 65536): how many there are.
-constexpr int count_of(int planes, bool two) { return std::max(planes, 1) + two; }
+// The kind of loop: slices of a byte (0: spread), planes of a table (0: none), a table of more than 64 entries, two planes
+// of inputs, rows and tokens at a time.
+template <int Slices_, int Planes_, bool Wide_, bool Two_, int Rows_, int Tokens_>
+struct Kind {
+    static constexpr int Slices = Slices_, Planes = Planes_, Rows = Rows_, Tokens = Tokens_;
+    static constexpr bool Wide = Wide_, Two = Two_;
+    // Integer sums of a row and token, by the weight of their bytes: 1, 256 and 65536.
+    static constexpr int Sums = std::max(Planes_, 1) + Two_;
+    using Tables = Table<Wide_>[2][Rows_];
+    using Integers = __m512i[Rows_][Tokens_][std::max(Planes_, 1) + Two_];
+    using Floats = __m512[Rows_][Tokens_];
+};
 
-template <int Planes, bool Two>
-TERSOR_512_INLINE void add(__m512i (&sum)[count_of(Planes, Two)], __m512i low, __m512i high, const int8_t* x_high,
-                           const int8_t* x_low) {
-    const __m512i xh = _mm512_loadu_si512(x_high);
-    if constexpr (Two) {
-        const __m512i xl = _mm512_loadu_si512(x_low);
-        sum[0] = _mm512_dpbusd_epi32(sum[0], low, xl);
-        sum[1] = _mm512_dpbusd_epi32(sum[1], low, xh);
-        if constexpr (Planes == 2) {
-            sum[1] = _mm512_dpbusd_epi32(sum[1], high, xl);
-            sum[2] = _mm512_dpbusd_epi32(sum[2], high, xh);
-        }
-    } else {
-        sum[0] = _mm512_dpbusd_epi32(sum[0], low, xh);
-        if constexpr (Planes == 2) sum[1] = _mm512_dpbusd_epi32(sum[1], high, xh);
-    }
+// What all rows of one call have in common.
+template <class K>
+struct Call {
+    const RowLayout& layout;
+    const int8_t* high[K::Tokens];
+    const int8_t* low[K::Tokens];
+    const float* group_sums[K::Tokens];
+    Cut cut;
+    int64_t steps;
+    __mmask64 whole, tail;  // bytes of a step, and of a row's last one
+    const int32_t* lanes;   // of small groups: 16 for every step of a fetch (of all steps, where a fetch is one step)
+    int64_t per_fetch;
+};
+
+template <class K>
+TERSOR_512_INLINE void clear(typename K::Integers& sum) {
+    for (int r = 0; r < K::Rows; ++r)
+        for (int t = 0; t < K::Tokens; ++t)
+            for (int i = 0; i < K::Sums; ++i) sum[r][t][i] = _mm512_setzero_si512();
 }
 
-template <int Count>
-TERSOR_512_INLINE __m512 total(const __m512i (&sum)[Count]) {
+template <class K>
+TERSOR_512_INLINE __m512 total(const __m512i (&sum)[K::Sums]) {
     __m512 all = _mm512_cvtepi32_ps(sum[0]);
-    if constexpr (Count > 1) all = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[1]), _mm512_set1_ps(256.0f), all);
-    if constexpr (Count > 2) all = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[2]), _mm512_set1_ps(65536.0f), all);
+    if constexpr (K::Sums > 1) all = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[1]), _mm512_set1_ps(256.0f), all);
+    if constexpr (K::Sums > 2) all = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[2]), _mm512_set1_ps(65536.0f), all);
     return all;
 }
 
 // The same for few columns, where the sums of both planes fit one integer.
-template <int Count>
-TERSOR_512_INLINE __m512 small_total(const __m512i (&sum)[Count]) {
-    if constexpr (Count == 2)
+template <class K>
+TERSOR_512_INLINE __m512 small_total(const __m512i (&sum)[K::Sums]) {
+    if constexpr (K::Sums == 2)
         return _mm512_cvtepi32_ps(_mm512_add_epi32(sum[0], _mm512_slli_epi32(sum[1], 8)));
     else
-        return total(sum);
+        return total<K>(sum);
 }
 
-// Which of the scales from the group `first` on each lane of 4 columns takes, from `column` on.
-TERSOR_512_INLINE __m512i lanes_of(int64_t column, int64_t group, int64_t first) {
-    alignas(64) int32_t lane[16];
-    for (int i = 0; i < 16; ++i) lane[i] = static_cast<int32_t>((column + 4 * i) / group - first) & 15;
-    return _mm512_load_si512(lane);
+// One slice of a step: the sums of each row and token grow by 64 products in 16 lanes.
+template <class K, int Slice>
+TERSOR_512_INLINE void slice(const Call<K>& call, const __m512i (&bytes)[K::Rows], const typename K::Tables& table,
+                             int64_t x, typename K::Integers& sum) {
+    for (int t = 0; t < K::Tokens; ++t) {
+        const __m512i xh = _mm512_loadu_si512(call.high[t] + x);
+        const __m512i xl = K::Two ? _mm512_loadu_si512(call.low[t] + x) : xh;
+        for (int r = 0; r < K::Rows; ++r) {
+            const __m512i codes = codes_of<K::Slices, Slice>(bytes[r], call.cut);
+            const __m512i low = K::Planes > 0 ? table[0][r].at(codes) : codes;
+            __m512i(&s)[K::Sums] = sum[r][t];
+            s[0] = _mm512_dpbusd_epi32(s[0], low, xl);
+            if constexpr (K::Two) s[1] = _mm512_dpbusd_epi32(s[1], low, xh);
+            if constexpr (K::Planes == 2) {
+                const __m512i high = table[1][r].at(codes);
+                s[1] = _mm512_dpbusd_epi32(s[1], high, xl);
+                if constexpr (K::Two) s[2] = _mm512_dpbusd_epi32(s[2], high, xh);
+            }
+        }
+    }
+    if constexpr (Slice + 1 < K::Slices) slice<K, Slice + 1>(call, bytes, table, x + 64, sum);
+}
+
+template <class K>
+TERSOR_512_INLINE void step(const Call<K>& call, const uint8_t* codes, __mmask64 here, const typename K::Tables& table,
+                            int64_t s, typename K::Integers& sum) {
+    __m512i bytes[K::Rows];
+    for (int r = 0; r < K::Rows; ++r) {
+        const uint8_t* from = codes + r * call.layout.row_bytes;
+        bytes[r] = _mm512_maskz_loadu_epi8(here, from);
+        // Codes of later rows, as the hardware does not look beyond a page; not into the first-level cache, where rows of
+        // 2^k bytes would push each other out.
+        _mm_prefetch(reinterpret_cast<const char*>(from + AHEAD), _MM_HINT_T1);
+    }
+    slice<K, 0>(call, bytes, table, 64 * std::max(K::Slices, 1) * s, sum);
 }
 
 // Stored scales from entry `at` on, 16 of them, or as many as there are before `end`; without the second-level scale.
@@ -111,212 +164,264 @@ TERSOR_512_INLINE __m512 scales_at(const RowLayout& layout, int64_t at, int64_t 
         const __m128i bytes = _mm_maskz_loadu_epi8(here, static_cast<const uint8_t*>(layout.scale) + at);
         return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
     }
-    const __m256i halves = _mm256_maskz_loadu_epi16(here, static_cast<const uint16_t*>(layout.scale) + at);
+    const uint16_t* from = static_cast<const uint16_t*>(layout.scale) + at;
+    _mm_prefetch(reinterpret_cast<const char*>(from + 8 * layout.groups), _MM_HINT_T1);
+    const __m256i halves = _mm256_maskz_loadu_epi16(here, from);
     if (layout.kind == ScaleKind::fp16) return _mm512_cvtph_ps(halves);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 
-// What all rows of one call have in common.
-template <int Tokens>
-struct Call {
-    const RowLayout& layout;
-    const int8_t* high[Tokens];
-    const int8_t* low[Tokens];
-    const float* group_sums[Tokens];
-    Spread spread;
-    int64_t steps;
-    __mmask64 whole, tail;       // bytes of a step, and of a row's last one
-    const int32_t* lanes;   // of small groups: 16 for every step of a fetch (of all steps, where a fetch is one step)
-    int64_t per_fetch;
-};
+// The zeros of up to 16 groups from `group` on, as floats. `zeros`: room for those of 64, filled when `group` begins them.
+template <class K>
+TERSOR_512_INLINE __m512 zeros_at(const Call<K>& call, int64_t row, int64_t group, uint8_t (&zeros)[64]) {
+    const RowLayout& layout = call.layout;
+    if (group % 64 == 0) {
+        const int64_t byte = group / 64 * 8 * layout.bits;
+        const __mmask64 here = first_bytes(std::min<int64_t>(layout.zero_bytes - byte, 8 * layout.bits));
+        const uint8_t* from = layout.zero + row * layout.zero_bytes + byte;
+        _mm512_store_si512(zeros, spread(_mm512_maskz_loadu_epi8(here, from), call.cut));
+    }
+    const __m128i here = _mm_load_si128(reinterpret_cast<const __m128i*>(zeros + group % 64));
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(here));
+}
 
-// Sums over groups of scale * zero * (sum of the group's inputs), in lanes.
-template <int Tokens>
-TERSOR_512_INLINE void shifts(const Call<Tokens>& call, int64_t row, __m512 (&shift)[Tokens]) {
+// Lanes of sums over groups of scale * zero * (sum of the group's inputs).
+template <class K>
+TERSOR_512_INLINE void shifts(const Call<K>& call, int64_t row, __m512 (&shift)[K::Tokens]) {
     const RowLayout& layout = call.layout;
     const int64_t n = layout.groups, base = row * n;
     const __m512 middle = _mm512_set1_ps(layout.middle.size() > 1 ? layout.middle[row] : layout.middle[0]);
-    for (int t = 0; t < Tokens; ++t) shift[t] = _mm512_setzero_ps();
+    for (int t = 0; t < K::Tokens; ++t) shift[t] = _mm512_setzero_ps();
     alignas(64) uint8_t zeros[64];
     for (int64_t g = 0; g < n; g += 16) {
-        __m512 weight = scales_at(layout, base + g, base + n);
-        if (layout.zero != nullptr) {
-            const int64_t byte = g / 64 * call.spread.step;
-            if (g % 64 == 0)
-                _mm512_store_si512(zeros, codes_at(layout.zero + row * layout.zero_bytes + byte,
-                                                   first_bytes(std::min(layout.zero_bytes - byte, call.spread.step)),
-                                                   call.spread));
-            const __m128i here = _mm_load_si128(reinterpret_cast<const __m128i*>(zeros + g % 64));
-            weight = _mm512_mul_ps(weight, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(here)));
-        } else {
-            weight = _mm512_mul_ps(weight, middle);
-        }
+        const __m512 zero = layout.zero == nullptr ? middle : zeros_at<K>(call, row, g, zeros);
+        const __m512 weight = _mm512_mul_ps(scales_at(layout, base + g, base + n), zero);
         const __mmask16 here = n - g >= 16 ? 0xffff : static_cast<__mmask16>((1u << (n - g)) - 1);
-        for (int t = 0; t < Tokens; ++t)
+        for (int t = 0; t < K::Tokens; ++t)
             shift[t] = _mm512_fmadd_ps(weight, _mm512_maskz_loadu_ps(here, call.group_sums[t] + g), shift[t]);
     }
 }
 
-// Integer sums of step `s` of 64 columns added to those before.
-template <int Planes, bool Wide, bool Two, int Tokens>
-TERSOR_512_INLINE void step(const Call<Tokens>& call, const uint8_t* codes, __mmask64 here,
-                            const Table<Wide>& low_table, const Table<Wide>& high_table, int64_t s,
-                            __m512i (&sum)[Tokens][count_of(Planes, Two)]) {
-    __m512i low = codes_at(codes, here, call.spread), high = low;
-    if constexpr (Planes == 2) high = high_table.at(low);
-    if constexpr (Planes > 0) low = low_table.at(low);
-    for (int t = 0; t < Tokens; ++t)
-        add<Planes, Two>(sum[t], low, high, call.high[t] + 64 * s, Two ? call.low[t] + 64 * s : nullptr);
-}
-
-template <int Tokens, int Count>
-TERSOR_512_INLINE void clear(__m512i (&sum)[Tokens][Count]) {
-    for (int t = 0; t < Tokens; ++t)
-        for (int i = 0; i < Count; ++i) sum[t][i] = _mm512_setzero_si512();
-}
-
-// One row whose groups are whole steps: lanes of sums of scale * code * input. `PerGroup`: steps of a group, 0 for any.
-template <int Planes, bool Wide, bool Two, int Tokens, int PerGroup>
-TERSOR_512_INLINE void whole_steps(const Call<Tokens>& call, int64_t row, const Table<Wide>& low_table,
-                                   const Table<Wide>& high_table, __m512 (&result)[Tokens]) {
-    const RowLayout& layout = call.layout;
-    const uint8_t* codes = layout.codes + row * layout.row_bytes;
-    const int64_t n = layout.groups, base = row * n, stride = call.spread.step;
-    const int64_t per_group = PerGroup > 0 ? PerGroup : layout.group / 64;
-    const bool small = PerGroup > 0 || layout.group <= 2048;
-    alignas(64) float scales[16];
-    __m512i sum[Tokens][count_of(Planes, Two)];
+// Rows of one group: lanes of sums of scale * code * input.
+template <class K>
+TERSOR_512_INLINE void one_group(const Call<K>& call, int64_t row, const typename K::Tables& table,
+                                 typename K::Floats& result) {
+    const uint8_t* codes = call.layout.codes + row * call.layout.row_bytes;
+    typename K::Integers sum;
+    clear<K>(sum);
     int64_t s = 0;
-    for (int64_t block = 0; block < n; block += 16) {
-        _mm512_store_ps(scales, scales_at(layout, base + block, base + n));
-        const int64_t here = std::min<int64_t>(16, n - block);
-        for (int64_t g = 0; g < here; ++g) {
-            clear(sum);
-            for (int64_t i = 0; i < per_group; ++i, ++s, codes += stride)
-                step<Planes, Wide, Two, Tokens>(call, codes, call.whole, low_table, high_table, s, sum);
-            const __m512 scale = _mm512_set1_ps(scales[g]);
-            for (int t = 0; t < Tokens; ++t)
-                result[t] = _mm512_fmadd_ps(small ? small_total(sum[t]) : total(sum[t]), scale, result[t]);
-        }
+    for (; s + 1 < call.steps; ++s, codes += call.cut.bytes) step<K>(call, codes, call.whole, table, s, sum);
+    step<K>(call, codes, call.tail, table, s, sum);
+    for (int r = 0; r < K::Rows; ++r) {
+        const __m512 first = scales_at(call.layout, row + r, row + r + 1);
+        const __m512 scale = _mm512_broadcastss_ps(_mm512_castps512_ps128(first));
+        for (int t = 0; t < K::Tokens; ++t) result[r][t] = _mm512_mul_ps(total<K>(sum[r][t]), scale);
     }
 }
 
-// The same for one group to a row.
-template <int Planes, bool Wide, bool Two, int Tokens>
-TERSOR_512_INLINE void one_group(const Call<Tokens>& call, int64_t row, const Table<Wide>& low_table,
-                                 const Table<Wide>& high_table, __m512 (&result)[Tokens]) {
-    const uint8_t* codes = call.layout.codes + row * call.layout.row_bytes;
-    __m512i sum[Tokens][count_of(Planes, Two)];
-    clear(sum);
+// The same where groups are whole steps, `PerGroup` of them or (0) any number.
+template <class K, int PerGroup>
+TERSOR_512_INLINE void whole_steps(const Call<K>& call, int64_t row, const typename K::Tables& table,
+                                   typename K::Floats& result) {
+    const RowLayout& layout = call.layout;
+    const uint8_t* codes = layout.codes + row * layout.row_bytes;
+    const int64_t n = layout.groups, columns = 64 * std::max(K::Slices, 1);
+    const int64_t per_group = PerGroup > 0 ? PerGroup : layout.group / columns;
+    const bool small = PerGroup > 0 || layout.group <= 2048;
+    alignas(64) float scales[K::Rows][16];
+    typename K::Integers sum;
     int64_t s = 0;
-    for (; s + 1 < call.steps; ++s, codes += call.spread.step)
-        step<Planes, Wide, Two, Tokens>(call, codes, call.whole, low_table, high_table, s, sum);
-    step<Planes, Wide, Two, Tokens>(call, codes, call.tail, low_table, high_table, s, sum);
-    const __m512 scale = _mm512_broadcastss_ps(_mm512_castps512_ps128(scales_at(call.layout, row, row + 1)));
-    for (int t = 0; t < Tokens; ++t) result[t] = _mm512_mul_ps(total(sum[t]), scale);
+    for (int64_t block = 0; block < n; block += 16) {
+        for (int r = 0; r < K::Rows; ++r)
+            _mm512_store_ps(scales[r], scales_at(layout, (row + r) * n + block, (row + r + 1) * n));
+        const int64_t here = std::min<int64_t>(16, n - block);
+        for (int64_t g = 0; g < here; ++g) {
+            clear<K>(sum);
+            for (int64_t i = 0; i < per_group; ++i, ++s, codes += call.cut.bytes)
+                step<K>(call, codes, call.whole, table, s, sum);
+            for (int r = 0; r < K::Rows; ++r) {
+                const __m512 scale = _mm512_set1_ps(scales[r][g]);
+                for (int t = 0; t < K::Tokens; ++t) {
+                    const __m512 part = small ? small_total<K>(sum[r][t]) : total<K>(sum[r][t]);
+                    result[r][t] = _mm512_fmadd_ps(part, scale, result[r][t]);
+                }
+            }
+        }
+    }
 }
 
 // The same for several groups to a step, or groups that end within one. Scales are fetched 16 at a time, which last for
 // `call.per_fetch` steps.
-template <int Planes, bool Wide, bool Two, int Tokens>
-TERSOR_512_INLINE void small_groups(const Call<Tokens>& call, int64_t row, const Table<Wide>& low_table,
-                                    const Table<Wide>& high_table, __m512 (&result)[Tokens]) {
+template <class K>
+TERSOR_512_INLINE void small_groups(const Call<K>& call, int64_t row, const typename K::Tables& table,
+                                    typename K::Floats& result) {
     const RowLayout& layout = call.layout;
     const uint8_t* codes = layout.codes + row * layout.row_bytes;
-    const int64_t base = row * layout.groups, end = base + layout.groups;
-    __m512i sum[Tokens][count_of(Planes, Two)];
+    const int64_t n = layout.groups, columns = 64 * std::max(K::Slices, 1);
+    typename K::Integers sum;
+    __m512 scales[K::Rows];
     for (int64_t fetch = 0; fetch < call.steps; fetch += call.per_fetch) {
-        const __m512 scales = scales_at(layout, base + 64 * fetch / layout.group, end);
+        for (int r = 0; r < K::Rows; ++r)
+            scales[r] = scales_at(layout, (row + r) * n + columns * fetch / layout.group, (row + r + 1) * n);
         const int32_t* lanes = call.lanes + (call.per_fetch == 1 ? 16 * fetch : 0);
         const int64_t last = std::min(call.steps, fetch + call.per_fetch);
-        for (int64_t s = fetch; s < last; ++s, codes += call.spread.step, lanes += 16) {
-            clear(sum);
-            const __mmask64 here = s + 1 < call.steps ? call.whole : call.tail;
-            step<Planes, Wide, Two, Tokens>(call, codes, here, low_table, high_table, s, sum);
-            const __m512 scale = _mm512_permutexvar_ps(_mm512_loadu_si512(lanes), scales);
-            for (int t = 0; t < Tokens; ++t) result[t] = _mm512_fmadd_ps(small_total(sum[t]), scale, result[t]);
+        for (int64_t s = fetch; s < last; ++s, codes += call.cut.bytes, lanes += 16) {
+            clear<K>(sum);
+            step<K>(call, codes, s + 1 < call.steps ? call.whole : call.tail, table, s, sum);
+            const __m512i lane = _mm512_loadu_si512(lanes);
+            for (int r = 0; r < K::Rows; ++r) {
+                const __m512 scale = _mm512_permutexvar_ps(lane, scales[r]);
+                for (int t = 0; t < K::Tokens; ++t)
+                    result[r][t] = _mm512_fmadd_ps(small_total<K>(sum[r][t]), scale, result[r][t]);
+            }
         }
     }
 }
 
-template <int Planes, bool Wide, bool Two, int Tokens>
-TERSOR_512_INLINE void one_row(const Call<Tokens>& call, int64_t row, const Table<Wide>& low_table,
-                               const Table<Wide>& high_table, __m512 (&result)[Tokens]) {
-    for (int t = 0; t < Tokens; ++t) result[t] = _mm512_setzero_ps();
-    const RowLayout& layout = call.layout;
-    if (layout.groups == 1) return one_group<Planes, Wide, Two, Tokens>(call, row, low_table, high_table, result);
-    if (layout.group % 64 != 0) return small_groups<Planes, Wide, Two, Tokens>(call, row, low_table, high_table, result);
-    if (layout.group == 64) return whole_steps<Planes, Wide, Two, Tokens, 1>(call, row, low_table, high_table, result);
-    if (layout.group == 128) return whole_steps<Planes, Wide, Two, Tokens, 2>(call, row, low_table, high_table, result);
-    whole_steps<Planes, Wide, Two, Tokens, 0>(call, row, low_table, high_table, result);
+// The sum of the lanes of each of `Count` vectors, 4 or 1, always in the same order.
+template <int Count>
+TERSOR_512_INLINE void add_lanes(const __m512* lanes, float* sums) {
+    if constexpr (Count == 4) {
+        const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(lanes[0], lanes[1]), _mm512_unpackhi_ps(lanes[0], lanes[1]));
+        const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(lanes[2], lanes[3]), _mm512_unpackhi_ps(lanes[2], lanes[3]));
+        const __m512d ad = _mm512_castps_pd(a), bd = _mm512_castps_pd(b);
+        const __m512 all = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ad, bd)),
+                                         _mm512_castpd_ps(_mm512_unpackhi_pd(ad, bd)));
+        const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+        _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+    } else {
+        static_assert(Count == 1);
+        const __m512 pair = _mm512_add_ps(_mm512_unpacklo_ps(lanes[0], lanes[0]), _mm512_unpackhi_ps(lanes[0], lanes[0]));
+        const __m512d d = _mm512_castps_pd(pair);
+        const __m512 all = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(d, d)),
+                                         _mm512_castpd_ps(_mm512_unpackhi_pd(d, d)));
+        const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+        sums[0] = _mm_cvtss_f32(_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+    }
 }
 
-template <int Planes, bool Wide, bool Two, int Tokens>
+template <class K>
+TERSOR_512 void rows_of(const Call<K>& call, const RowInputs& inputs, int64_t first, int64_t last, int64_t token,
+                        float* y, int64_t stride) {
+    const RowLayout& layout = call.layout;
+    const int64_t columns = 64 * std::max(K::Slices, 1);
+    typename K::Tables table;
+    for (int64_t row = first; row < last; row += K::Rows) {
+        if (K::Planes > 0 && (row == first || layout.tables > 1)) {
+            for (int r = 0; r < K::Rows; ++r) {
+                const int64_t at = layout.tables > 1 ? (row + r) * layout.table_width : 0;
+                table[0][r].load(layout.low.data() + at);
+                if (K::Planes == 2) table[1][r].load(layout.high.data() + at);
+            }
+        }
+        typename K::Floats result;
+        for (int r = 0; r < K::Rows; ++r)
+            for (int t = 0; t < K::Tokens; ++t) result[r][t] = _mm512_setzero_ps();
+        if (layout.groups == 1) one_group<K>(call, row, table, result);
+        else if (layout.group % columns != 0) small_groups<K>(call, row, table, result);
+        else if (layout.group == columns) whole_steps<K, 1>(call, row, table, result);
+        else whole_steps<K, 0>(call, row, table, result);
+        float sums[K::Rows * K::Tokens];
+        for (int r = 0; r < K::Rows; ++r) {
+            __m512 shift[K::Tokens];
+            shifts<K>(call, row + r, shift);
+            for (int t = 0; t < K::Tokens; ++t) result[r][t] = _mm512_sub_ps(result[r][t], shift[t]);
+        }
+        add_lanes<K::Rows * K::Tokens>(&result[0][0], sums);
+        for (int r = 0; r < K::Rows; ++r) {
+            float factor = layout.factor.size() > 1 ? layout.factor[row + r] : layout.factor[0];
+            if (layout.super != nullptr) factor *= _cvtsh_ss(layout.super[row + r]);
+            for (int t = 0; t < K::Tokens; ++t)
+                y[(token + t) * stride + row + r] = factor * inputs.rounded.scale[token + t] * sums[r * K::Tokens + t];
+        }
+    }
+}
+
+// Which of the scales from the group `first` on each lane of `columns / 16` columns takes, from `column` on.
+TERSOR_512_INLINE __m512i lanes_of(int64_t column, int64_t columns, int64_t group, int64_t first) {
+    alignas(64) int32_t lane[16];
+    for (int i = 0; i < 16; ++i) lane[i] = static_cast<int32_t>((column + columns / 16 * i) / group - first) & 15;
+    return _mm512_load_si512(lane);
+}
+
+// Rows for tokens [token, token + K::Tokens).
+template <class K>
 TERSOR_512 void loop(const RowLayout& layout, const RowInputs& inputs, int64_t first, int64_t last, int64_t token,
                      float* y, int64_t stride) {
-    const int64_t steps = (layout.columns + 63) / 64;
+    const int64_t columns = 64 * std::max(K::Slices, 1), steps = (layout.columns + columns - 1) / columns;
+    // Where groups divide a step, one fetch of 16 scales lasts for whole steps, and all fetches are alike.
+    const bool alike = columns % layout.group == 0;
+    const int64_t per_fetch = alike ? 16 * layout.group / columns : 1;
     std::vector<int32_t> lanes;
-    // Where groups divide 64 columns, one fetch of 16 scales lasts for whole steps, and all fetches are alike.
-    const bool alike = 64 % layout.group == 0;
-    const int64_t per_fetch = alike ? layout.group / 4 : 1;  // 16 groups are 16 * group columns
-    if (layout.groups > 1 && layout.group % 64 != 0) {
+    if (layout.groups > 1 && layout.group % columns != 0) {
         lanes.resize(16 * (alike ? per_fetch : steps));
         for (int64_t s = 0; 16 * s < static_cast<int64_t>(lanes.size()); ++s)
-            _mm512_storeu_si512(&lanes[16 * s], lanes_of(64 * s, layout.group, alike ? 0 : 64 * s / layout.group));
+            _mm512_storeu_si512(&lanes[16 * s], lanes_of(columns * s, columns, layout.group,
+                                                         alike ? 0 : columns * s / layout.group));
     }
-    const Spread spread = spread_of(layout.bits);
-    const __mmask64 whole = first_bytes(spread.step), tail = first_bytes(layout.row_bytes - (steps - 1) * spread.step);
-    Call<Tokens> call{layout, {}, {}, {}, spread, steps, whole, tail, lanes.data(), per_fetch};
-    for (int t = 0; t < Tokens; ++t) {
-        call.high[t] = inputs.rounded.high_of(token + t);
-        call.low[t] = Two ? inputs.rounded.low_of(token + t) : nullptr;
+    const Cut cut = cut_of(layout.bits, K::Slices > 0);
+    const __mmask64 whole = first_bytes(cut.bytes), tail = first_bytes(layout.row_bytes - (steps - 1) * cut.bytes);
+    Call<K> call{layout, {}, {}, {}, cut, steps, whole, tail, lanes.data(), per_fetch};
+    for (int t = 0; t < K::Tokens; ++t) {
+        call.high[t] = inputs.high_of(token + t);
+        call.low[t] = K::Two ? inputs.low_of(token + t) : nullptr;
         call.group_sums[t] = inputs.group_sums.data() + (token + t) * layout.groups;
     }
-    Table<Wide> low_table, high_table;
-    if (Planes > 0) low_table.load(layout.low.data());
-    if (Planes > 1) high_table.load(layout.high.data());
-    for (int64_t r = first; r < last; ++r) {
-        if (layout.tables > 1) {
-            if (Planes > 0) low_table.load(layout.low.data() + r * layout.table_width);
-            if (Planes > 1) high_table.load(layout.high.data() + r * layout.table_width);
-        }
-        __m512 result[Tokens], shift[Tokens];
-        one_row<Planes, Wide, Two, Tokens>(call, r, low_table, high_table, result);
-        shifts<Tokens>(call, r, shift);
-        float factor = layout.factor.size() > 1 ? layout.factor[r] : layout.factor[0];
-        if (layout.super != nullptr) factor *= _cvtsh_ss(layout.super[r]);
-        for (int t = 0; t < Tokens; ++t) {
-            const float sum = _mm512_reduce_add_ps(_mm512_sub_ps(result[t], shift[t]));
-            y[(token + t) * stride + r] = factor * inputs.rounded.scale[token + t] * sum;
-        }
-    }
+    const int64_t most = first + (last - first) / K::Rows * K::Rows;
+    rows_of<K>(call, inputs, first, most, token, y, stride);
+    if (most == last) return;
+    using One = Kind<K::Slices, K::Planes, K::Wide, K::Two, 1, K::Tokens>;
+    Call<One> one{layout, {}, {}, {}, cut, steps, whole, tail, lanes.data(), per_fetch};
+    std::copy_n(call.high, K::Tokens, one.high);
+    std::copy_n(call.low, K::Tokens, one.low);
+    std::copy_n(call.group_sums, K::Tokens, one.group_sums);
+    rows_of<One>(one, inputs, most, last, token, y, stride);
 }
 
-template <int Planes, bool Wide, bool Two>
+template <int Slices, int Planes, bool Wide, bool Two>
 TERSOR_512 void tokens(const RowLayout& layout, const RowInputs& inputs, int64_t first, int64_t last, float* y,
                        int64_t stride) {
+    // Several rows at a time, so that what is fetched of the inputs serves all of them.
+    constexpr int ROWS = Wide ? 1 : 4;
     int64_t t = 0;
-    for (; t + 4 <= inputs.rounded.tokens; t += 4) loop<Planes, Wide, Two, 4>(layout, inputs, first, last, t, y, stride);
-    for (; t < inputs.rounded.tokens; ++t) loop<Planes, Wide, Two, 1>(layout, inputs, first, last, t, y, stride);
+    for (; t + 4 <= inputs.rounded.tokens; t += 4)
+        loop<Kind<Slices, Planes, Wide, Two, 1, 4>>(layout, inputs, first, last, t, y, stride);
+    for (; t < inputs.rounded.tokens; ++t)
+        loop<Kind<Slices, Planes, Wide, Two, ROWS, 1>>(layout, inputs, first, last, t, y, stride);
+}
+
+template <int Slices, bool Two>
+TERSOR_512 void planes(const RowLayout& layout, const RowInputs& inputs, int64_t first, int64_t last, float* y,
+                       int64_t stride) {
+    if (layout.table_planes == 0) return tokens<Slices, 0, false, Two>(layout, inputs, first, last, y, stride);
+    if (!layout.wide_table()) {
+        if (layout.table_planes == 1) return tokens<Slices, 1, false, Two>(layout, inputs, first, last, y, stride);
+        return tokens<Slices, 2, false, Two>(layout, inputs, first, last, y, stride);
+    }
+    if constexpr (Slices <= 1) {  // only codes of 7 and 8 bits have such tables
+        if (layout.table_planes == 1) return tokens<Slices, 1, true, Two>(layout, inputs, first, last, y, stride);
+        tokens<Slices, 2, true, Two>(layout, inputs, first, last, y, stride);
+    }
 }
 
 template <bool Two>
-TERSOR_512 void planes(const RowLayout& layout, const RowInputs& inputs, int64_t first, int64_t last, float* y,
+TERSOR_512 void slices(const RowLayout& layout, const RowInputs& inputs, int64_t first, int64_t last, float* y,
                        int64_t stride) {
-    const bool wide = layout.wide_table();
-    if (layout.table_planes == 0) return tokens<0, false, Two>(layout, inputs, first, last, y, stride);
-    if (layout.table_planes == 1 && !wide) return tokens<1, false, Two>(layout, inputs, first, last, y, stride);
-    if (layout.table_planes == 1) return tokens<1, true, Two>(layout, inputs, first, last, y, stride);
-    if (!wide) return tokens<2, false, Two>(layout, inputs, first, last, y, stride);
-    return tokens<2, true, Two>(layout, inputs, first, last, y, stride);
+    switch (inputs.slices) {
+        case 1: return planes<1, Two>(layout, inputs, first, last, y, stride);
+        case 2: return planes<2, Two>(layout, inputs, first, last, y, stride);
+        case 4: return planes<4, Two>(layout, inputs, first, last, y, stride);
+        case 8: return planes<8, Two>(layout, inputs, first, last, y, stride);
+        default: return planes<0, Two>(layout, inputs, first, last, y, stride);
+    }
 }
 
 }  // namespace
 
 TERSOR_512 void rows_avx512(const RowLayout& layout, const RowInputs& inputs, int64_t first, int64_t last, float* y,
                             int64_t stride) {
-    if (inputs.rounded.two_planes) return planes<true>(layout, inputs, first, last, y, stride);
-    return planes<false>(layout, inputs, first, last, y, stride);
+    if (inputs.rounded.two_planes) return slices<true>(layout, inputs, first, last, y, stride);
+    slices<false>(layout, inputs, first, last, y, stride);
 }
 
 }  // namespace tersor
