@@ -13,19 +13,24 @@ from torch import Tensor, nn
 
 from tersor import pipeline
 from tersor.anatomy import Source, cache_folder
-from tersor.contracts import Codec, Plan
-from tersor.engines.contract import Engine, Target, check_codecs
+from tersor.artifact import STATE_FOLDER, Artifact, atomic_write
+from tersor.contracts import Anatomy, Codec, Plan
+from tersor.engines.contract import Engine, Stored, Target, check_codecs
 from tersor.engines.table import ENGINES, engine_of, find_engine
-from tersor.errors import BadInput, EngineFailed, Infeasible, VerificationFailed
+from tersor.errors import BadInput, CorruptArtifact, EngineFailed, Infeasible, VerificationFailed
 from tersor.pipeline import Planned, Result
-from tersor.stages.allocate import dense_layout
+from tersor.stages import finish
+from tersor.stages.allocate import dense_layout, sized_plan
 from tersor.stages.context import Progress, parsed
 from tersor.stages.estimate import chunk_sequences
-from tersor.stages.evaluate import open_whole
+from tersor.stages.evaluate import is_artifact, open_whole
 from tersor.stages.options import Budget, Options
 from tersor.stages.prove import Proof, prove_file
 from tersor.stages.rules import rule_notes
 from tersor.stages.text import prepare_texts
+
+_FINISHED = ".artifact.finished"
+"""What the work of a run that has ended is called until it is removed."""
 
 __all__ = ["ENGINES", "Delivered", "compress_for", "engine_for", "export_to", "plan_for", "prove", "write_file"]
 
@@ -168,15 +173,21 @@ def compress_for(
     """Compress ``model`` into the engine's file ``output``, at most as large as the budget, and let the engine run it.
 
     ``given``: a plan to follow instead of making one. While it runs, the work lies beside ``output``; the same call
-    after a crash continues. The report is kept as ``<output>.report.html``, plan and proof as ``<output>.json``.
+    after a crash continues, also where only proof and clean-up are left. The report is kept as
+    ``<output>.report.html``, plan and proof as ``<output>.json``.
     """
-    _check_output(engine, output, overwrite)
+    folder = _beside(output, ".artifact")
+    shutil.rmtree(_beside(output, _FINISHED), ignore_errors=True)
+    _check_output(engine, output, overwrite or is_artifact(folder))
     job = _job(engine, model, options, cache_dir)
     pipeline.check_not_source(output, job.source)
     inner, wanted = _inner(job, options) if given is None else _followed(job, options, given)
-    folder = output.with_name(output.name + ".artifact")
+    result = None if restart else _finished(job, folder, inner, given)
+    held = output.exists() and result is not None and _holds(folder, output, job.target)
+    if output.exists() and not overwrite and not held:
+        raise _exists(output)
     try:
-        result = pipeline.compress(
+        result = result or pipeline.compress(
             model,
             folder,
             inner,
@@ -189,8 +200,8 @@ def compress_for(
         )
     except Infeasible as error:
         raise _infeasible(error, job, wanted) from error
-    size = write_file(folder, output, job.target, most=wanted)
-    os.replace(folder / "report.html", output.with_name(output.name + ".report.html"))
+    size = job.target.stored(output).nbytes if held else write_file(folder, output, job.target, most=wanted)
+    shutil.copyfile(folder / "report.html", _beside(output, ".report.html"))
     result = replace(
         result,
         folder=output,
@@ -199,24 +210,39 @@ def compress_for(
         notes=_all_notes(job, result.notes),
     )
     proof, note = _proof(job, output, options, progress, cache_dir)
-    data = {
-        "engine": engine.name,
-        "tensor_parallel": options.tensor_parallel,
-        "plan": _texts(result.plan),
-        "file_bytes": size,
-        "proof": None if proof is None else {**asdict(proof), "path": str(output)},
-        "note": note,
-    }
-    output.with_name(output.name + ".json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    shutil.rmtree(folder)
+    _conclude(folder, Delivered(output, engine.name, result, proof, note), options)
     return Delivered(output, engine.name, result, proof, note)
+
+
+def _conclude(folder: Path, done: Delivered, options: Options) -> None:
+    """Write down what was delivered, and remove the work; a kill in between leaves nothing that looks like a run."""
+    data = {
+        "engine": done.engine,
+        "tensor_parallel": options.tensor_parallel,
+        "plan": _texts(done.result.plan),
+        "file_bytes": done.result.plan.file_bytes,
+        "proof": None if done.proof is None else {**asdict(done.proof), "path": str(done.path)},
+        "note": done.note,
+    }
+    atomic_write(_beside(done.path, ".json"), (json.dumps(data, indent=1) + "\n").encode())
+    finished = _beside(done.path, _FINISHED)
+    os.replace(folder, finished)
+    shutil.rmtree(finished)
+
+
+def _beside(output: Path, suffix: str) -> Path:
+    return output.with_name(output.name + suffix)
+
+
+def _exists(output: Path) -> BadInput:
+    return BadInput(f"{output} exists already; choose another --output, or add --overwrite to replace it.")
 
 
 def _check_output(engine: Engine, output: Path, overwrite: bool) -> None:
     if output.suffix != engine.suffix and engine.suffix:
         raise BadInput(f"{engine.name} reads {engine.suffix} files; {output} does not end so.")
     if output.exists() and not overwrite:
-        raise BadInput(f"{output} exists already; choose another --output, or add --overwrite to replace it.")
+        raise _exists(output)
     if not output.absolute().parent.is_dir():
         raise BadInput(f"The folder {output.absolute().parent} does not exist; make it, or choose another --output.")
     pipeline.check_replaceable(output, engine.recognises)
@@ -248,19 +274,14 @@ def write_file(folder: Path, output: Path, target: Target, *, most: int | None =
     try:
         target.write(artifact.layers, partial, read)
         stored = target.stored(partial)
-        for name, layer in layers.items():
-            codec = artifact.layers[name]
-            same = stored.texts[name] == str(codec)
-            written = stored.tensors(layer, codec) if same else {}
-            if not same or any(not written[part].equal(tensor) for part, tensor in artifact.tensors(name).items()):
-                raise _differs(output, name)
-        for name in target.anatomy.kept:
-            if not stored.holds(name, artifact.kept(name)):
-                raise _differs(output, name)
+        wrong = _difference(artifact, target.anatomy, stored)
+        if wrong is not None:
+            raise VerificationFailed(f"{output} does not hold {wrong} as it was written; check the disk and run again.")
         if most is not None and stored.nbytes > most:
             raise VerificationFailed(
                 f"{output} would have {stored.nbytes:,} bytes, over the {most:,} asked for; please report this."
             )
+        _forget(output)
         _remove(output)
         os.replace(partial, output)
     finally:
@@ -268,8 +289,49 @@ def write_file(folder: Path, output: Path, target: Target, *, most: int | None =
     return stored.nbytes
 
 
-def _differs(output: Path, name: str) -> VerificationFailed:
-    return VerificationFailed(f"{output} does not hold {name} as it was written; check the disk and run again.")
+def _difference(artifact: Artifact, anatomy: Anatomy, stored: Stored) -> str | None:
+    """The first layer or kept tensor that an engine's file has otherwise than the artifact; None where none is."""
+    for layer in anatomy.layers:
+        codec = artifact.layers[layer.name]
+        same = stored.texts[layer.name] == str(codec)
+        written = stored.tensors(layer, codec) if same else {}
+        if not same or any(not written[part].equal(one) for part, one in artifact.tensors(layer.name).items()):
+            return layer.name
+    return next((name for name in anatomy.kept if not stored.holds(name, artifact.kept(name))), None)
+
+
+def _holds(folder: Path, output: Path, target: Target) -> bool:
+    """Whether ``output`` is the artifact ``folder`` as the engine's file, whoever wrote it."""
+    try:
+        return _difference(open_whole(folder), target.anatomy, target.stored(output)) is None
+    except (BadInput, CorruptArtifact):
+        return False
+
+
+def _finished(job: _Job, folder: Path, inner: Options, given: Plan | None) -> Result | None:
+    """What an earlier call came to that ended with the artifact ``folder``, if this one would make the same again."""
+    if not is_artifact(folder) or (folder / STATE_FOLDER).exists():
+        return None
+    anatomy = job.target.anatomy
+    plan = None if given is None else sized_plan(anatomy, given, inner.budget)
+    try:
+        manifest = finish.finished(job.source, inner, folder, plan)
+    except CorruptArtifact:
+        return None
+    if manifest is None or manifest.quality is None:
+        return None
+    return pipeline.result_of(manifest, anatomy, folder, pipeline.Clock())
+
+
+def _forget(output: Path) -> None:
+    """Remove the record of the file that was there before: of another one it would be false."""
+    record = _beside(output, ".json")
+    try:
+        said = json.loads(record.read_text("utf-8"))
+    except (OSError, ValueError):
+        return
+    if isinstance(said, dict) and {"engine", "proof"} <= said.keys():
+        record.unlink()
 
 
 def export_to(

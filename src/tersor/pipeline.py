@@ -23,6 +23,7 @@ from tersor.anatomy import Source, WeightLoader, analyse, cache_folder, open_sou
 from tersor.artifact import (
     STATE_FOLDER,
     ArtifactWriter,
+    Manifest,
     partial_path,
     plan_to_json,
     publish,
@@ -294,19 +295,25 @@ def _published(context: Context, output: Path, given: Plan | None, clock: Clock,
 
     None when the folder is another run's and may be replaced. Raises BadInput when it may not.
     """
-    manifest = finish.finished(context, output, given)
+    manifest = finish.finished(context.source, context.options, output, given)
     if manifest is None or manifest.quality is None:
         if overwrite:
             return None
         raise _exists(output)
     publish(partial_path(output), output, replace=overwrite)
+    return result_of(manifest, context.anatomy, output, clock)
+
+
+def result_of(manifest: Manifest, anatomy: Anatomy, folder: Path, clock: Clock) -> Result:
+    """The result of a run that ended before, as far as its artifact says."""
+    assert manifest.quality is not None
     return Result(
-        folder=output,
+        folder=folder,
         plan=manifest.plan,
         quality=manifest.quality,
         seconds=time.perf_counter() - clock.began,
         peak_memory=max(finish.peak_resident_bytes() - clock.baseline, 0),
-        bits_per_weight=8 * manifest.plan.file_bytes / context.anatomy.parameters,
+        bits_per_weight=8 * manifest.plan.file_bytes / anatomy.parameters,
         sample=None,
         notes=manifest.notes,
         stages=clock.stages,

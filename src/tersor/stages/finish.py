@@ -157,12 +157,12 @@ def _measured(context: Context, artifact: Artifact, texts: Texts) -> Quality:
     return quality
 
 
-def finished(context: Context, folder: Path, given: Plan | None) -> Manifest | None:
-    """The manifest of ``folder`` if it is what this run would have made of this source, else None."""
+def finished(source: Source, options: Options, folder: Path, given: Plan | None) -> Manifest | None:
+    """The manifest of ``folder`` if it is what a run would make of this source with these options, else None."""
     manifest = read_manifest(folder)
     same = (
-        manifest.source.fingerprint == context.source.fingerprint()
-        and manifest.facts.get("options") == json.loads(json.dumps(context.options.identity()))
+        manifest.source.fingerprint == source.fingerprint()
+        and manifest.facts.get("options") == json.loads(json.dumps(options.identity()))
         and manifest.versions == versions()
         and (given is None or plan_to_json(given) == plan_to_json(manifest.plan))
     )
