@@ -14,7 +14,7 @@ quantization: .26 bits above the limit at any rate, where fixed lengths lose .4 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,7 +32,7 @@ from tersor.codecs.small_float import SmallFloat
 from tersor.codecs.step_search import WASTE, StepSearch
 from tersor.codecs.ternary import Ternary
 from tersor.codecs.text import Words, parse, reads
-from tersor.contracts import CompositeCodec, Encode, Encoded, Gram, Part, Shape
+from tersor.contracts import CompositeCodec, Encode, Encoded, Gram, Part, Shape, Side
 from tersor.errors import BadInput, ShapeMismatch
 from tersor.kernels import coded
 from tersor.kernels.reference_rans import LANES, SYMBOLS
@@ -189,6 +189,26 @@ class Coded(CompositeCodec):
         numbers = torch.arange(shape[0])[rows.cpu() if isinstance(rows, Tensor) else rows]
         result = torch.empty(len(numbers), shape[1], dtype=torch.float32, device=device)
         tile = self.tile(shape[0])
+        for which, codes, side in self._tiles(tensors, shape, torch.unique(numbers // tile).tolist()):
+            values = self.inner.values(Encoded(codes, side), shape[1])
+            wanted = (numbers // tile == which).nonzero()[:, 0]
+            result[wanted.to(device)] = values[(numbers[wanted] - which * tile).to(device)]
+        return result
+
+    def inner_parts(self, tensors: Mapping[str, Tensor], shape: Shape) -> dict[str, Tensor]:
+        """The same weight as ``inner`` stores it. Raises ValueError for a damaged stream."""
+        tiles = range(-(-shape[0] // self.tile(shape[0])))
+        codes = [
+            self.inner.pack(Encoded(codes, side), (len(codes), shape[1]))["codes"]
+            for _, codes, side in self._tiles(tensors, shape, tiles)
+        ]
+        return {**under(tensors, _PREFIX), "codes": torch.cat(codes)}
+
+    def _tiles(
+        self, tensors: Mapping[str, Tensor], shape: Shape, wanted: Iterable[int]
+    ) -> Iterator[tuple[int, Tensor, Side]]:
+        """Number, codes and side information of each wanted tile."""
+        device, tile = tensors["stream"].device, self.tile(shape[0])
         model, stream = tensors["model"].cpu(), tensors["stream"].cpu()
         low = model[:, SYMBOLS].long()
         frequency = _both(tables.frequencies(model[:, :SYMBOLS]))
@@ -197,7 +217,7 @@ class Coded(CompositeCodec):
             raise ValueError(f"a row is of class {int(kinds.max())}, and there are {len(model)}")
         starts = tensors["start"].tolist()
         inner = under(tensors, _PREFIX)
-        for which in torch.unique(numbers // tile).tolist():
+        for which in wanted:
             here = slice(which * tile, min((which + 1) * tile, shape[0]))
             size = (here.stop - here.start, shape[1])
             if not 0 <= starts[which] <= len(stream):
@@ -207,11 +227,7 @@ class Coded(CompositeCodec):
             mine = {name: tensor[here] for name, tensor in inner.items()}
             side = self.inner.unpack({**mine, "codes": no_codes(self.inner, size).to(device)}, size).side
             most = self.inner.grid(side, size[1]).levels - 1
-            codes = (index + spread(centre(self.inner, side), size[1]).int()).clamp(0, most)
-            values = self.inner.values(Encoded(codes, side), size[1])
-            wanted = (numbers // tile == which).nonzero()[:, 0]
-            result[wanted.to(device)] = values[(numbers[wanted] - here.start).to(device)]
-        return result
+            yield which, (index + spread(centre(self.inner, side), size[1]).int()).clamp(0, most), side
 
 
 def _both(frequency: Tensor) -> Tensor:

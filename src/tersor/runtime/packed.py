@@ -1,4 +1,7 @@
-"""Modules that hold a weight as its codec's stored tensors, and decode a tile of rows whenever it is used.
+"""Modules that hold a weight as its codec's stored tensors, and multiply by it as it is stored or decode it by tiles.
+
+Where the codec has a compiled product (:mod:`tersor.runtime.products`), inputs on the processor that no gradient is
+asked for are multiplied by that. All else decodes a tile of rows whenever it is used.
 
 The stored tensors ("parts") are buffers under their own names and keep their dtype whatever the model is cast to.
 At most ``TILE_BYTES`` of float32 weight exist at a time, so a packed model needs little more memory than its file.
@@ -21,6 +24,9 @@ from torch.nn import functional
 from tersor.codecs.inner import streamed
 from tersor.contracts import Codec, Shape
 from tersor.errors import BadInput, UnknownArchitecture
+from tersor.kernels.products import Product
+from tersor.runtime import operators
+from tersor.runtime.products import HeldProduct, multiplied, takes
 
 # Decoding needs several times this for a moment. 1 MiB was as fast as 4 MiB or faster on every codec measured.
 TILE_BYTES = 1 << 20
@@ -49,6 +55,8 @@ class Packed(nn.Module):
         self.part_names = tuple(part.name for part in parts)
         self.streamed = streamed(codec, shape)
         self._whole: tuple[object, Tensor] | None = None
+        self._product = HeldProduct()
+        self.handle = operators.enter(self)
         for part in parts:
             # Not register_buffer: it refuses a part called "weight", which is also a property here.
             self._buffers[part.name] = torch.empty(part.shape, dtype=part.dtype, device=device)
@@ -56,6 +64,13 @@ class Packed(nn.Module):
     def part(self, name: str) -> Tensor:
         """One stored tensor, rows first."""
         return cast(Tensor, self._buffers[name])
+
+    def product(self) -> Product | None:
+        """The compiled product of the weight as it is stored, or None where there is none."""
+        return self._product.find(self.codec, self._parts(), self.stored_shape)
+
+    def _parts(self) -> dict[str, Tensor]:
+        return {name: self.part(name) for name in self.part_names}
 
     @property
     def device(self) -> torch.device:
@@ -75,7 +90,7 @@ class Packed(nn.Module):
     @torch.no_grad()
     def decode(self, rows: slice | Tensor) -> Tensor:
         """The chosen rows of the weight, ``(n, in)`` float32; of a stream as the module's dtype has them."""
-        tensors = {name: self.part(name) for name in self.part_names}
+        tensors = self._parts()
         if self.streamed:
             # Loading fills parts in place, and moving a module replaces them.
             state = [(part.data_ptr(), 0 if part.is_inference() else part._version) for part in tensors.values()]
@@ -100,6 +115,8 @@ class Packed(nn.Module):
 
         Raises IndexError for an id that is not a row (negative ones do not count from the end).
         """
+        if torch.compiler.is_compiling():
+            return cast(Tensor, operators.packed_rows(ids, self.handle))
         distinct, place = torch.unique(ids, return_inverse=True)
         if len(distinct) and not 0 <= int(distinct[0]) <= int(distinct[-1]) < self.stored_shape[0]:
             raise IndexError(f"ids from {int(distinct[0])} to {int(distinct[-1])} in {self.stored_shape[0]} rows")
@@ -109,12 +126,36 @@ class Packed(nn.Module):
             rows[here] = self.decode(distinct[here])
         return rows[place]
 
+    def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x (tokens, in)`` times the weight, plus ``bias (out,)`` in the dtype of ``x``: ``(tokens, out)`` in it too.
+
+        By the compiled product where there is one for such inputs. No gradients.
+        """
+        found = self.product() if takes(x) else None
+        return self.times_decoded(x, bias) if found is None else multiplied(found, x, bias)
+
+    @torch.no_grad()
+    def times_decoded(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The same by tiles of decoded rows."""
+        result = x.new_empty(x.shape[0], self.stored_shape[0])
+        for rows in self.tiles():
+            result[:, rows] = functional.linear(x, self.decode(rows).to(x.dtype), None if bias is None else bias[rows])
+        return result
+
+    @torch.no_grad()
+    def times_transposed(self, grad: Tensor) -> Tensor:
+        """``grad (tokens, out)`` times the weight itself: ``(tokens, in)``."""
+        result = grad.new_zeros(grad.shape[0], self.stored_shape[1])
+        for rows in self.tiles():
+            result += grad[:, rows] @ self.decode(rows).to(grad.dtype)
+        return result
+
     def release(self) -> None:
         """Turn back, in place, into the plain module that this stands for, with the decoded weight."""
         weight = self.dense()
         for name in self.part_names:
             del self._buffers[name]
-        for name in ("codec", "stored_shape", "part_names", "streamed", "_whole", "dtype"):
+        for name in ("codec", "stored_shape", "part_names", "streamed", "_whole", "_product", "handle", "dtype"):
             delattr(self, name)
         self.__class__ = self.plain  # type: ignore[assignment]
         self.weight = nn.Parameter(weight, requires_grad=False)
@@ -126,6 +167,15 @@ class Packed(nn.Module):
     @weight.setter
     def weight(self, _: object) -> None:
         raise AttributeError("The weight of a packed module cannot be set; dequantize the model first.")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy finds its own product, and has a number of its own."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_product", "handle")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._product = HeldProduct()
+        self.handle = operators.enter(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Every ``.to``, ``.cuda``, ``.half`` comes through here: parts move, but are never cast."""
@@ -335,24 +385,13 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, packed: Packed) -> Tensor:
         ctx.packed = packed
-        result = x.new_empty(x.shape[0], packed.stored_shape[0])
-        for rows in packed.tiles():
-            result[:, rows] = functional.linear(
-                x, packed.decode(rows).to(x.dtype), None if bias is None else bias[rows]
-            )
-        return result
+        return packed.times_decoded(x, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, None]:
-        packed, (grad,) = ctx.packed, grads
-        for_x = for_bias = None
-        if ctx.needs_input_grad[0]:
-            for_x = grad.new_zeros(grad.shape[0], packed.stored_shape[1])
-            for rows in packed.tiles():
-                for_x += grad[:, rows] @ packed.decode(rows).to(grad.dtype)
-        if ctx.needs_input_grad[1]:
-            for_bias = grad.sum(0)
-        return for_x, for_bias, None
+        (grad,) = grads
+        for_x = ctx.packed.times_transposed(grad) if ctx.needs_input_grad[0] else None
+        return for_x, grad.sum(0) if ctx.needs_input_grad[1] else None, None
 
 
 def product(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
@@ -365,8 +404,15 @@ def product(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
         raise BadInput(f"A packed layer takes floating-point inputs and was given {x.dtype}.")
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
+    bias = bias if bias is None else bias.to(x.dtype)
+    if torch.compiler.is_compiling():
+        return cast(Tensor, operators.packed_linear(x, bias, packed.handle))
     flat = x.reshape(-1, x.shape[-1])
-    result: Tensor = _Product.apply(flat, bias if bias is None else bias.to(x.dtype), packed)  # type: ignore[no-untyped-call]
+    result: Tensor
+    if torch.is_grad_enabled() and (flat.requires_grad or (bias is not None and bias.requires_grad)):
+        result = _Product.apply(flat, bias, packed)  # type: ignore[no-untyped-call]
+    else:
+        result = packed.times(flat, bias)
     return result.view(*x.shape[:-1], packed.stored_shape[0])
 
 

@@ -1,0 +1,172 @@
+"""Products of codecs that hold codes or floats of their own."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from tersor.codecs import (
+    BinaryPlanes,
+    Dense,
+    Integer,
+    LookupTable,
+    MicroFloat,
+    NvFloat,
+    SignedInteger,
+    SmallFloat,
+    Sparse,
+    Ternary,
+    Trellis,
+)
+from tersor.codecs.packing import pack, unpack
+from tersor.codecs.trellis_tables import TABLES
+from tersor.contracts import Shape
+from tersor.kernels import products, products_composed
+from tersor.kernels.products import Product
+from tersor.runtime.products.table import Parts, makes
+
+_STEP = 4
+"""Columns of groups that loops over codes take are multiples of this."""
+_PIECE = 1 << 22
+"""Codes that are unpacked at one time, where they have to be packed in another way."""
+
+
+def _takes(group: int | None) -> bool:
+    return group is None or group % _STEP == 0
+
+
+@makes(Integer, SignedInteger)
+def _integer(codec: Integer | SignedInteger, parts: Parts, shape: Shape) -> Product | None:
+    if not _takes(codec.group):
+        return None
+    levels = 2**codec.bits_per_code
+    return products.row_codes(
+        parts["codes"],
+        bits=codec.bits_per_code,
+        columns=shape[1],
+        group=codec.group,
+        scale=parts["scale"],
+        super_scale=parts.get("super"),
+        zero=parts.get("zero"),
+        middle=levels / 2 if isinstance(codec, SignedInteger) else (levels - 1) / 2,
+    )
+
+
+@makes(LookupTable)
+def _lookup(codec: LookupTable, parts: Parts, shape: Shape) -> Product:
+    return products.row_codes(
+        parts["codes"], bits=codec.bits_per_code, columns=shape[1], group=None, scale=None, table=parts["table"]
+    )
+
+
+@makes(SmallFloat, MicroFloat, NvFloat)
+def _small_float(codec: SmallFloat, parts: Parts, shape: Shape) -> Product | None:
+    if not _takes(codec.group):
+        return None
+    if isinstance(codec, MicroFloat):
+        # Powers of two, and float8 times one, are exact in bfloat16: two bytes a group beside the stored one.
+        number = parts["exponent"].to(torch.int32) - 127
+        scale = torch.ldexp(torch.ones_like(number, dtype=torch.float32), number).to(torch.bfloat16)
+    elif isinstance(codec, NvFloat):
+        scale = parts["scale"].contiguous().view(torch.float8_e4m3fn).to(torch.float32) * 2.0**-codec.shift
+        scale = scale.to(torch.bfloat16)
+    else:
+        scale = parts["scale"]
+    return products.row_codes(
+        parts["codes"],
+        bits=codec.bits_per_code,
+        columns=shape[1],
+        group=codec.group,
+        scale=scale,
+        super_scale=parts.get("super"),
+        table=_by_code(codec.bits_per_code, codec.exponent),
+    )
+
+
+@lru_cache(maxsize=16)
+def _by_code(bits: int, exponent: int) -> Tensor:
+    """Values of small floats in the order of their stored codes, ``(1, 2^bits)``, as decoding has them."""
+    plain = SmallFloat(bits, exponent=exponent)
+    return plain.table()[plain.from_stored(torch.arange(2**bits)).long()][None]
+
+
+@makes(Ternary)
+def _ternary(codec: Ternary, parts: Parts, shape: Shape) -> Product | None:
+    """Digits of base 3 become codes of two bits."""
+    if not _takes(codec.group):
+        return None
+    pieces = []
+    for rows in _pieces(shape):
+        mine = {name: part[rows] for name, part in parts.items()}
+        pieces.append(pack(codec.unpack(mine, (len(mine["codes"]), shape[1])).codes, 2))
+    return products.row_codes(
+        torch.cat(pieces),
+        bits=2,
+        columns=shape[1],
+        group=codec.group,
+        scale=parts["scale"],
+        super_scale=parts.get("super"),
+        middle=1.0,
+    )
+
+
+@makes(BinaryPlanes)
+def _planes(codec: BinaryPlanes, parts: Parts, shape: Shape) -> Product | None:
+    """A plane by itself is used as it is stored; of several, each gets codes of one bit."""
+    if not _takes(codec.group):
+        return None
+    count = codec.bits_per_code
+    found = []
+    for plane in range(count):
+        codes = parts["codes"]
+        if count > 1:
+            pieces = [pack(unpack(codes[rows], count, shape[1]) >> plane & 1, 1) for rows in _pieces(shape)]
+            codes = torch.cat(pieces)
+        product = products.row_codes(
+            codes,
+            bits=1,
+            columns=shape[1],
+            group=codec.group,
+            scale=parts["scale"][:, plane::count],
+            super_scale=parts.get("super"),
+            table=torch.tensor([codec.choices(plane)]),
+        )
+        found.append(product)
+    return products_composed.total(found) if count > 1 else found[0]
+
+
+def _pieces(shape: Shape) -> list[slice]:
+    """Stretches of rows with few enough columns to be unpacked at one time."""
+    step = max(_PIECE // shape[1], 1)
+    return [slice(start, start + step) for start in range(0, shape[0], step)]
+
+
+@makes(Trellis)
+def _trellis(codec: Trellis, parts: Parts, shape: Shape) -> Product | None:
+    make = getattr(products_composed._products, "trellis", None)  # type: ignore[attr-defined]
+    if make is None:
+        return None
+    masks, unit, integers = TABLES[codec.bits_per_code, codec.window]
+    product: Product = make(
+        parts["codes"].contiguous().numpy(),
+        parts["scale"][:, 0].float().contiguous().numpy(),
+        codec.tile(shape[0]),
+        codec.bits_per_code,
+        codec.window,
+        torch.tensor(masks, dtype=torch.int32).numpy(),
+        torch.tensor(integers, dtype=torch.int8).numpy(),
+        unit / 4096,
+    )
+    return product
+
+
+@makes(Dense)
+def _dense(_codec: Dense, parts: Parts, _shape: Shape) -> Product:
+    return products_composed.dense(parts["weight"])
+
+
+@makes(Sparse)
+def _sparse(_codec: Sparse, parts: Parts, shape: Shape) -> Product:
+    return products_composed.sparse(parts["values"], parts["columns"], parts["starts"], shape[1])
