@@ -3,7 +3,8 @@
 #   make demo     compress a small real language model to a quarter of its size, and say what was lost
 #   make test     all tests
 #   make lint     style, types and the import contract
-#   make sanitize the compiled loops' tests, with every access checked
+#   make sanitize   tests of the compiled loops, with every access to memory checked
+#   make test-plain tests of an installation without compiled loops
 #   make bench    the benchmarks; results are written to benchmarks/results/
 #   make clean    remove everything that make made
 
@@ -20,7 +21,7 @@ DEVELOPER := $(VENV)/.installed-for-development
 comma := ,
 SLOW := note: no C++ compiler was found; everything works, but encoding takes about three times as long
 
-.PHONY: demo test lint sanitize bench bench-leaves bench-limit bench-allocation bench-sensitivity bench-memory bench-resume bench-peers bench-engines clean
+.PHONY: demo test lint sanitize test-plain bench bench-leaves bench-limit bench-allocation bench-sensitivity bench-memory bench-resume bench-peers bench-engines clean
 .DELETE_ON_ERROR:
 
 demo: $(USER)
@@ -36,12 +37,19 @@ lint: $(DEVELOPER)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Leaks are not looked for: the interpreter itself leaves much behind. The checking library must be loaded first.
+# Leaks are not looked for: the interpreter itself leaves much behind. The checking libraries must be loaded first.
 sanitize: $(DEVELOPER)
 	rm -rf out/sanitized
-	$(PIP) install --quiet --constraint constraints.txt --no-deps --target out/sanitized . -C cmake.define.TERSOR_SANITIZE=ON -C build-dir=out/sanitized-build
-	PYTHONPATH=out/sanitized LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -o pythonpath=tests tests/kernels
+	$(INSTALL) --no-deps --target out/sanitized . -C cmake.define.TERSOR_SANITIZE=ON -C build-dir=out/sanitized-build
+	PYTHONPATH=out/sanitized ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+	  $(BIN)/python -m pytest -o pythonpath=tests tests/kernels
+
+# What a machine without a compiler gets.
+test-plain: $(DEVELOPER)
+	rm -rf out/plain
+	CC=false CXX=false $(INSTALL) --no-deps --target out/plain .
+	PYTHONPATH=out/plain $(BIN)/python -m pytest -n 2 -o pythonpath=tests tests/kernels tests/runtime tests/test_api.py
 
 bench: bench-leaves bench-allocation
 
