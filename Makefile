@@ -49,7 +49,7 @@ sanitize: $(DEVELOPER)
 test-plain: $(DEVELOPER)
 	rm -rf out/plain
 	CC=false CXX=false $(INSTALL) --no-deps --target out/plain .
-	PYTHONPATH=out/plain $(BIN)/python -m pytest -n 2 -o pythonpath=tests tests/kernels tests/runtime tests/test_api.py
+	PYTHONPATH=out/plain $(BIN)/python -m pytest -n 2 -o pythonpath=tests tests/kernels tests/runtime tests/solvers tests/test_api.py
 
 bench: bench-leaves bench-allocation
 
