@@ -294,10 +294,7 @@ class CompositeCodec(Codec):
 
     @abstractmethod
     def encode(self, weight: Tensor, gram: Gram | None, encode: Encode) -> tuple[dict[str, Tensor], Tensor]:
-        """Stored tensors for ``weight (out, in)`` float32, and the values that they decode to. Pure.
-
-        ``encode`` does the same for the codecs inside.
-        """
+        """Stored tensors for ``weight (out, in)`` float32, and their values; ``encode`` does so for its parts. Pure."""
 
 
 LayerKind = Literal["linear", "conv1d", "embedding", "experts"]
@@ -312,7 +309,8 @@ class Layer:
     of stacked matrices (experts in one parameter), else 1. ``transposed``: the parameter is stored ``(in, out)``.
     ``block``: index of the block it lives in, None outside. ``inputs``: key shared by all layers that read the very
     same input (q/k/v; gate/up), hence share a Gram matrix. ``fused``: key of the group that engines fuse into one
-    matrix product, or None. ``tied``: other parameters that are this same tensor (a tied head).
+    matrix product, or None. ``tied``: other parameters that are this same tensor (a tied head). ``writes``: whether its
+    outputs are added to the residual stream; None where that was not looked for, or not seen.
     """
 
     name: str
@@ -325,6 +323,7 @@ class Layer:
     transposed: bool = False
     fused: str | None = None
     tied: tuple[str, ...] = ()
+    writes: bool | None = None
 
     @property
     def stored_shape(self) -> Shape:
@@ -411,8 +410,7 @@ class Choice:
 class Plan:
     """Which codec each layer gets, with exact sizes. Serialises to a JSON file that a person can read and edit.
 
-    ``file_bytes``: exact size of all weight files, headers included. ``budget``: bytes asked for.
-    ``predicted``: sum of distortions.
+    ``file_bytes``: exactly, of all weight files. ``budget``: bytes asked for. ``predicted``: sum of distortions.
     """
 
     layers: Mapping[str, Choice]
@@ -429,8 +427,7 @@ class Allocator(ABC):
     def allocate(self, curves: Mapping[str, Sequence[RatePoint]], budget: int) -> dict[str, RatePoint]:
         """One point per key with total bytes <= ``budget``, least total distortion.
 
-        A key may stand for several layers that must share a choice. Raises
-        :class:`~tersor.errors.Infeasible`, naming the least possible budget.
+        A key may stand for several layers that share a choice. Raises Infeasible, naming the least possible budget.
         """
 
 

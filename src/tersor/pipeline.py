@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tersor.anatomy import Source, WeightLoader, analyse, cache_folder, open_source, skeleton
+from tersor.anatomy import Source, WeightLoader, analyse, cache_folder, mark_writers, open_source, skeleton
 from tersor.artifact import (
     STATE_FOLDER,
     ArtifactWriter,
@@ -121,6 +121,8 @@ def examine(
     )
     body = skeleton(source)
     anatomy = analyse(source, body)
+    if options.tensor_parallel > 1:
+        anatomy = mark_writers(body, anatomy)
     note = share_note(options.budget, anatomy, source.lossy_note)
     return source, body, anatomy if note is None else replace(anatomy, notes=(*anatomy.notes, note))
 

@@ -7,11 +7,17 @@ from collections.abc import Sequence
 from tersor.codecs import Integer, SignedInteger
 from tersor.codecs.grouped import GroupedScalar
 from tersor.contracts import Anatomy, Codec, Layer
-from tersor.engines.compressed_tensors.forms import DENSE, TEXTS
+from tersor.engines.compressed_tensors.forms import DENSE, TEXTS, form_of
 from tersor.errors import BadInput
 
-_INWARD = ("o_proj", "down_proj", "out_proj", "c_proj", "dense", "dense_4h_to_h", "fc2", "wo", "w2")
-"""Last part of the name of layers that engines split along their inputs; all others are split along their outputs."""
+_INWARD = (
+    *("o_proj", "down_proj", "out_proj", "c_proj", "dense", "dense_4h_to_h", "fc2", "fc_out", "out_lin", "lin2"),
+    *("wo", "w2"),
+)
+"""Last part of the name of layers that engines split along their inputs, where the model's structure does not show it:
+those that write into the residual stream. All others are split along their outputs."""
+_PACKED = "pack-quantized"
+"""The layout whose codes lie in words of 32 bits, which splitting must not tear apart."""
 _WORD = 32
 
 
@@ -54,7 +60,7 @@ def _not_a_layer(anatomy: Anatomy, layer: Layer) -> str | None:
 
 def _badly_split(layer: Layer, codec: Codec, ranks: int) -> str | None:
     rows, columns = layer.shape
-    inward = layer.name.rpartition(".")[2] in _INWARD
+    inward = layer.name.rpartition(".")[2] in _INWARD if layer.writes is None else layer.writes
     size, what = (columns, "inputs") if inward else (rows, "outputs")
     if size % ranks:
         return f"its {size} {what} cannot be split over {ranks} processors"
@@ -65,7 +71,8 @@ def _badly_split(layer: Layer, codec: Codec, ranks: int) -> str | None:
     if group is not None and wide % group:
         alone = f"groups of {group} do not divide its {columns} inputs"
         return f"its {columns} {split} groups of {group} do not divide" if inward and ranks > 1 else alone
-    if not isinstance(codec, Integer | SignedInteger):
+    form = form_of(str(codec))
+    if not isinstance(codec, Integer | SignedInteger) or form is None or form.format != _PACKED:
         return None
     word = _WORD // codec.bits_per_code
     if wide % word:
