@@ -138,8 +138,28 @@ def test_models_that_cannot_be_written(model: Callable[..., Path], settings: dic
     given = {**settings, "engine": NAME, "size": "60%"}
     with pytest.raises(BadInput, match=r"no form for weights that a model stores transposed\. No candidate is left"):
         api.plan(model("gpt2", n_embd=64, hidden_size=64), fast=True, **given)
-    with pytest.raises(BadInput, match="holds experts, which would stay in bf16"):
-        api.plan(model("qwen2moe"), fast=True, **given)
+    with pytest.raises(BadInput, match=r"holds experts that .* does not store one by one, as compressed-tensors needs"):
+        api.plan(model("gptoss"), fast=True, **given)
+
+
+def test_experts_get_one_codec_and_bf16_last_of_all(model: Callable[..., Path], settings: dict[str, Any]):
+    experts = model("qwen2moe", moe_intermediate_size=64)
+    given = {**settings, "engine": NAME, "size": "95%", "fast": True}
+    planned = api.plan(experts, **given)
+    chosen = {choice.codec for name, choice in planned.plan.layers.items() if ".experts." in name}
+    assert len(chosen) == 1
+    assert chosen.pop().startswith("sint8")
+    kept = api.plan(experts, **given, candidates=("fp8:e4m3:row:bf16", "bf16"))
+    assert {choice.codec for name, choice in kept.plan.layers.items() if ".experts." in name} == {"bf16"}
+    assert any("3 other layers in bf16: transformers 5.23 loads packed experts only" in note for note in kept.notes)
+    assert not any("loads packed experts only" in note for note in planned.notes)
+
+
+def test_what_transformers_does_not_load_is_said_in_the_plan(model: Callable[..., Path], settings: dict[str, Any]):
+    given = {**settings, "engine": NAME, "size": "60%", "fast": True}
+    planned = api.plan(model(), **given, candidates=("int4:g32:asym:bf16", "bf16"))
+    assert any("loads no folder with zero points" in note and "not proven here" in note for note in planned.notes)
+    assert not any("zero points" in note for note in api.plan(model(), **given).notes)
 
 
 @pytest.mark.usefixtures("unproven")

@@ -15,7 +15,7 @@ from tersor import pipeline
 from tersor.anatomy import Source, cache_folder
 from tersor.artifact import STATE_FOLDER, Artifact, atomic_write
 from tersor.contracts import Anatomy, Codec, Plan
-from tersor.engines.contract import Engine, Stored, Target, check_codecs
+from tersor.engines.contract import Engine, Stored, Target, check_codecs, warnings
 from tersor.engines.table import ENGINES, engine_of, find_engine
 from tersor.errors import BadInput, CorruptArtifact, EngineFailed, Infeasible, VerificationFailed
 from tersor.pipeline import Planned, Result
@@ -121,12 +121,13 @@ def plan_for(
         raise _infeasible(error, job, wanted) from error
     size = job.target.file_bytes(_texts(planned.plan))
     plan = replace(planned.plan, file_bytes=size, budget=wanted)
-    return replace(planned, plan=plan, notes=_all_notes(job, planned.notes))
+    return replace(planned, plan=plan, notes=_all_notes(job, planned.notes, plan))
 
 
-def _all_notes(job: _Job, notes: tuple[str, ...]) -> tuple[str, ...]:
-    """Notes of a run, and those on the budget that it did not know of."""
-    return (*notes, *(note for note in job.target.anatomy.notes if note not in notes))
+def _all_notes(job: _Job, notes: tuple[str, ...], plan: Plan) -> tuple[str, ...]:
+    """Notes of a run, and those on the budget and on the engine that it did not know of."""
+    more = (*job.target.anatomy.notes, *warnings(job.engine, job.target.anatomy, _parsed(_texts(plan))))
+    return (*notes, *(note for note in more if note not in notes))
 
 
 def _texts(plan: Plan) -> dict[str, str]:
@@ -207,7 +208,7 @@ def compress_for(
         folder=output,
         plan=replace(result.plan, file_bytes=size, budget=wanted),
         bits_per_weight=8 * size / job.target.anatomy.parameters,
-        notes=_all_notes(job, result.notes),
+        notes=_all_notes(job, result.notes, result.plan),
     )
     proof, note = _proof(job, output, options, progress, cache_dir)
     _conclude(folder, Delivered(output, engine.name, result, proof, note), options)
@@ -371,6 +372,9 @@ def _proof(
 ) -> tuple[Proof | None, str]:
     if not job.engine.installed():
         return None, job.engine.unproven
+    codecs = _parsed(job.target.stored(path).texts)
+    if any(job.engine.shuns(layer, codecs[layer.name]) for layer in job.target.anatomy.layers):
+        return None, f"not proven here: {' '.join(warnings(job.engine, job.target.anatomy, codecs))}"
     workers = options.workers or pipeline.available_workers()
     with pipeline.one_thread_each():
         texts = prepare_texts(job.source, options, cache=cache_folder(cache_dir), workers=workers, progress=progress)

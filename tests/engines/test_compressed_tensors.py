@@ -28,6 +28,7 @@ from tersor.engines.compressed_tensors.inputs import rounding
 from tersor.engines.compressed_tensors.rules import refuses
 from tersor.errors import BadInput, CorruptArtifact
 from tersor.solvers import Encoder, Nearest
+from tersor.stages.context import as_parameter
 
 quantization = pytest.importorskip("compressed_tensors.quantization")
 compressors = pytest.importorskip("compressed_tensors.compressors")
@@ -275,6 +276,24 @@ def test_stock_transformers_computes_what_we_decode(family: str, model: Callable
     check_run(model(family), tmp_path / "out", ["sint4:g64:bf16", "sint8:row:bf16", "nvfp4:s9", "mxfp4:e2m1:g32"])
 
 
+@pytest.mark.parametrize(("family", "options"), [("qwen2moe", {"moe_intermediate_size": 64}), ("mixtral", {})])
+def test_stock_transformers_stacks_packed_experts(
+    family: str, options: dict[str, int], model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Under the names of the source's files, which are vLLM's too; experts of one scheme, other layers of others."""
+    check_run(model(family, **options), tmp_path / "out", ["sint4:g32:bf16", "sint8:row:bf16"])
+    names = load_file(tmp_path / "out" / "model.safetensors").keys()
+    down = {"qwen2moe": "mlp.experts.3.down_proj", "mixtral": "block_sparse_moe.experts.3.w2"}[family]
+    assert {name for name in names if down in name and ".layers.1." in name} == {
+        f"model.layers.1.{down}.{part}" for part in ("weight_packed", "weight_scale", "weight_shape")
+    }
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    targets = [group["targets"] for group in settings["config_groups"].values()]
+    (experts,) = (one for one in targets if any("experts" in name and "shared" not in name for name in one))
+    assert len(experts) == 3
+    assert all(name.startswith("re:") and name.endswith("$") for name in experts)
+
+
 def test_zero_points_are_read_by_the_library(model: Callable[..., Path], tmp_path: Path) -> None:
     check_run(model(), tmp_path / "out", ["int4:g32:asym:bf16", "sint4:g64:bf16", "int4:row:asym:bf16"])
 
@@ -287,9 +306,12 @@ def both(folder: Path, output: Path, texts: list[str]) -> tuple[torch.Tensor, to
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     state = plain.state_dict()
     for layer in target.anatomy.layers:
-        if layer.kind == "linear" and layer.block is not None:
+        if layer.kind in ("linear", "experts") and layer.block is not None:
             text = target.stored(output).texts[layer.name]
-            state[layer.parameter].copy_(parse(text).decode(parts[layer.name], layer.shape))
+            decoded = parse(text).decode(parts[layer.name], layer.stored_shape)
+            if layer.kind == "experts":
+                decoded = decoded.bfloat16()  # transformers unpacks experts in the type of their scales
+            state[layer.parameter].copy_(as_parameter(decoded, layer))
     ids = torch.randint(3, 100, (1, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         wanted = plain(ids).logits[0]

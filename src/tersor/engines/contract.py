@@ -114,10 +114,12 @@ class Engine:
     run anywhere. ``refuses(anatomy, layer, codec, ranks)``: why this layer cannot have that codec when split over
     ``ranks`` processors, or None. ``together(layer)``: key of the layers that it fuses, which need one codec.
     ``fallback``: what a layer gets for which no candidate is left; empty where that is an error. ``splits``: whether
-    it can split layers over processors. ``at_level(level)``: this engine with files that ask
-    for an accuracy level of its arithmetic; None where they cannot. ``open``: see :class:`Opener`.
-    ``recognises(path)``: whether a file or folder is one of its. ``installed()``, ``run(path, length, threads)``: the
-    real engine, which raises EngineFailed.
+    it can split layers over processors. ``at_level(level)``: this engine with files that ask for an accuracy level of
+    its arithmetic; None where they cannot. ``warns(layer, codec)``: what is to be said where not all programs that read
+    such files load this layer in that codec. ``shuns(layer, codec)``: whether it is to be chosen only where nothing
+    else is left, as what proves files here does not load it. ``open``: see :class:`Opener`.
+    ``recognises(path)``: whether a file or folder is one of its. ``installed()``, ``run(path, length, threads)``: the real engine, which raises
+    EngineFailed.
     """
 
     name: str
@@ -134,6 +136,8 @@ class Engine:
     fallback: str = ""
     splits: bool = False
     at_level: Callable[[int], Engine] | None = None
+    warns: Callable[[Layer, Codec], str | None] = lambda _layer, _codec: None
+    shuns: Callable[[Layer, Codec], bool] = lambda _layer, _codec: False
 
     @property
     def unproven(self) -> str:
@@ -149,6 +153,19 @@ def groups(engine: Engine, anatomy: Anatomy) -> dict[str, list[str]]:
         if key is not None:
             found.setdefault(f"fused:{key}", []).append(layer.name)
     return found
+
+
+def warnings(engine: Engine, anatomy: Anatomy, codecs: Mapping[str, Codec]) -> tuple[str, ...]:
+    """What is to be said of these codecs by layer: one sentence for each reason."""
+    found: dict[str, list[str]] = {}
+    for layer in anatomy.layers:
+        why = engine.warns(layer, codecs[layer.name])
+        if why is not None:
+            found.setdefault(f"in {codecs[layer.name]}: {why}", []).append(layer.name)
+    return tuple(
+        f"{names[0]}{f' and {len(names) - 1} other layers' if len(names) > 1 else ''} {text}."
+        for text, names in found.items()
+    )
 
 
 def check_codecs(engine: Engine, anatomy: Anatomy, codecs: Mapping[str, Codec], ranks: int) -> None:

@@ -25,6 +25,8 @@ def fitting(options: Options, anatomy: Anatomy, layer: Layer, codecs: Mapping[st
             for text in left
             if text in shaped and engine.refuses(anatomy, member, codecs[text], options.tensor_parallel) is None
         ]
+    wanted = [text for text in left if not engine.shuns(layer, codecs[text])]
+    left = wanted or left
     if not left and engine.fallback:
         return {engine.fallback: parse(engine.fallback)}
     return {text: codecs[text] for text in left}
@@ -34,7 +36,7 @@ def _members(engine: Engine, anatomy: Anatomy, layer: Layer) -> list[Layer]:
     key = engine.together(layer)
     if key is None:
         return [layer]
-    return [other for other in anatomy.layers_of(layer.block) if engine.together(other) == key]
+    return [other for other in anatomy.layers if engine.together(other) == key]
 
 
 def rule_notes(options: Options, anatomy: Anatomy, codecs: Mapping[str, Codec]) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from tersor.anatomy.shards import list_tensors, map_tensor
 from tersor.codecs import parse
 from tersor.contracts import Anatomy, Codec, Layer
 from tersor.engines.compressed_tensors import rules
+from tersor.engines.compressed_tensors.experts import Piece, patterns_of, pieces_of
 from tersor.engines.compressed_tensors.files import SHARD, Entry, file_bytes, stored_bytes, write_files
 from tersor.engines.compressed_tensors.forms import DENSE, FORMS, form_of, text_of
 from tersor.engines.compressed_tensors.inputs import rounding
@@ -53,12 +54,14 @@ def library() -> Any:
 class FolderTarget:
     """A model as a folder for these engines; see :class:`~tersor.engines.contract.Target`.
 
-    ``origins``: names of the source's tensors that each parameter is made of. ``shard``: bytes of tensors in one file.
+    ``origins``: names of the source's tensors that each parameter is made of. ``experts``: by layer the matrices that
+    it is stored as. ``shard``: bytes of tensors in one file.
     """
 
     source: Source
     anatomy: Anatomy
     origins: Mapping[str, tuple[str, ...]]
+    experts: Mapping[str, tuple[Piece, ...]]
     shard: int = SHARD
 
     def entries(self, texts: Mapping[str, str]) -> list[tuple[Entry, str]]:
@@ -74,16 +77,24 @@ class FolderTarget:
         form = form_of(text)
         if form is None:
             return self._plain(layer.parameter, torch.bfloat16)
-        return [Entry(self.stem(layer) + name, *what) for name, what in form.spec(layer.shape).items()]
+        return [
+            Entry(f"{piece.module}.{name}", *what)
+            for piece in self.pieces(layer)
+            for name, what in form.spec(piece.shape).items()
+        ]
 
     def _plain(self, parameter: str, dtype: torch.dtype) -> list[Entry]:
         """A parameter as the source has it, under the source's names, in ``dtype`` if it is a float."""
         infos = [self.source.tensors[name] for name in self.origins[parameter]]
         return [Entry(info.name, dtype if info.dtype.is_floating_point else info.dtype, info.shape) for info in infos]
 
-    def stem(self, layer: Layer) -> str:
-        """What the names of a layer's tensors begin with."""
-        return self.origins[layer.parameter][0].removesuffix("weight")
+    def pieces(self, layer: Layer) -> tuple[Piece, ...]:
+        """The matrices that a layer is stored as: one, unless it holds experts."""
+        found = self.experts.get(layer.name)
+        if found is not None:
+            return found
+        module = self.origins[layer.parameter][0].removesuffix(".weight")
+        return (Piece(module, slice(0, layer.shape[0]), layer.shape),)
 
     def file_bytes(self, texts: Mapping[str, str]) -> int:
         return file_bytes([entry for entry, _ in self.entries(texts)], self.shard)
@@ -124,6 +135,7 @@ class FolderTarget:
         texts = {name: str(codec) for name, codec in codecs.items()}
         rules.check(sorted(set(texts.values())))
         layers = {layer.name: layer for layer in self.anatomy.layers}
+        places = {piece.module: piece for layer in self.anatomy.layers for piece in self.pieces(layer)}
         held: tuple[str, Mapping[str, Tensor]] = ("", {})
 
         def value(entry: Entry) -> Tensor:
@@ -132,12 +144,17 @@ class FolderTarget:
             found = read(of)
             if isinstance(found, Tensor):
                 return found.to(entry.dtype)
-            form = form_of(texts[of])
+            form, (module, _, part) = form_of(texts[of]), entry.name.rpartition(".")
             if form is None:
+                if of in self.experts:
+                    return found["weight"][places[module].rows]
                 return found["weight"].T if layers[of].transposed else found["weight"]
-            if held[0] != of:
-                held = (of, form.put(found, layers[of].shape))
-            return held[1][entry.name.removeprefix(self.stem(layers[of]))]
+            if held[0] != module:
+                piece = places[module]
+                if of in self.experts:
+                    found = {name: tensor[piece.rows] for name, tensor in found.items()}
+                held = (module, form.put(found, piece.shape))
+            return held[1][part]
 
         owners = dict(self.entries(texts))
         path.mkdir()
@@ -160,7 +177,7 @@ class FolderTarget:
             raw["architectures"] = [kind if isinstance(kind, str) else kind[0]]
         if self.anatomy.head != self.anatomy.embedding:
             raw["tie_word_embeddings"] = False  # also where it says nothing: some classes tie them unless told not to
-        raw["quantization_config"] = quantization_config(self.anatomy, texts)
+        raw["quantization_config"] = quantization_config(self.anatomy, texts, self.experts)
         return raw
 
     def stored(self, path: Path) -> StoredFolder:
@@ -171,23 +188,32 @@ def _data(entries: Sequence[Entry]) -> int:
     return sum(entry.nbytes for entry in entries)
 
 
-def quantization_config(anatomy: Anatomy, texts: Mapping[str, str]) -> dict[str, Any]:
+def quantization_config(
+    anatomy: Anatomy, texts: Mapping[str, str], experts: Mapping[str, tuple[Piece, ...]]
+) -> dict[str, Any]:
     """``quantization_config`` of config.json: one group a codec, its layers by exact name, all else left alone.
+
+    Experts have a group of their own, by patterns, from which transformers knows them.
 
     Made and checked by the library's own schema; only what is set is written, since older versions of it refuse fields
     that they do not know.
     """
     schema = library()
-    names: dict[str, list[str]] = {}
+    names: dict[tuple[str, bool], list[str]] = {}
+    plain: list[str] = []
     for layer in anatomy.layers:
+        targets = patterns_of(experts[layer.name]) if layer.name in experts else [layer.name]
         if form_of(texts[layer.name]) is not None:
-            names.setdefault(texts[layer.name], []).append(layer.name)
+            names.setdefault((texts[layer.name], layer.name in experts), []).extend(targets)
+        elif layer.kind in ("linear", "experts"):
+            plain += targets
     groups = {
-        f"group_{number}": schema.QuantizationScheme(targets=targets, format=FORMS[text].format, **FORMS[text].scheme())
-        for number, (text, targets) in enumerate(names.items())
+        f"group_{number}": schema.QuantizationScheme(
+            targets=list(dict.fromkeys(targets)), format=FORMS[text].format, **FORMS[text].scheme()
+        )
+        for number, ((text, _), targets) in enumerate(names.items())
     }
-    formats = {FORMS[text].format for text in names}
-    plain = [layer.name for layer in anatomy.layers if layer.kind == "linear" and form_of(texts[layer.name]) is None]
+    formats = {FORMS[text].format for text, _ in names}
     tied = [name.removesuffix(".weight") for layer in anatomy.layers for name in layer.tied]
     matrices = [name.removesuffix(".weight") for name, (_, shape) in anatomy.kept.items() if len(shape) == 2]
     config = schema.QuantizationConfig(
@@ -195,7 +221,7 @@ def quantization_config(anatomy: Anatomy, texts: Mapping[str, str]) -> dict[str,
         quant_method=METHOD,
         format=formats.pop() if len(formats) == 1 else _MIXED if formats else "dense",
         quantization_status="compressed",
-        ignore=[*plain, *tied, *matrices],
+        ignore=list(dict.fromkeys([*plain, *tied, *matrices])),
     )
     found: dict[str, Any] = config.model_dump(mode="json", exclude_unset=True)
     return found
@@ -208,7 +234,10 @@ class StoredFolder:
         self._target, self.nbytes = target, stored_bytes(path)
         self._tensors = list_tensors(path)
         schemes, ignored = _settings(path)
-        self.texts = {layer.name: _text_in(layer, schemes, ignored) for layer in target.anatomy.layers}
+        self.texts = {
+            layer.name: _text_in(layer, target.pieces(layer)[0].module, schemes, ignored)
+            for layer in target.anatomy.layers
+        }
         self._check(path)
 
     def _check(self, path: Path) -> None:
@@ -240,9 +269,12 @@ class StoredFolder:
         """A layer's stored tensors, as ``codec`` declares them."""
         form = form_of(str(codec))
         if form is not None:
-            stem = self._target.stem(layer)
-            found = {name: map_tensor(self._tensors[stem + name]) for name in form.spec(layer.shape)}
-            return form.get(found, layer.shape)
+            made = []
+            for piece in self._target.pieces(layer):
+                names = form.spec(piece.shape)
+                found = {name: map_tensor(self._tensors[f"{piece.module}.{name}"]) for name in names}
+                made.append(form.get(found, piece.shape))
+            return made[0] if len(made) == 1 else {part: torch.cat([one[part] for one in made]) for part in made[0]}
         weight = self._loader.load([layer.parameter])[layer.parameter]
         weight = weight.transpose(-1, -2) if layer.transposed else weight
         return {"weight": weight.reshape(layer.stored_shape)}
@@ -289,16 +321,19 @@ def _settings(path: Path) -> tuple[dict[str, str], list[str]]:
     return found, ignored
 
 
-def _text_in(layer: Layer, schemes: Mapping[str, str], ignored: Sequence[str]) -> str:
-    """The codec of a layer by the library's rule: a target is a name, a pattern after ``re:``, or a class."""
+def _text_in(layer: Layer, module: str, schemes: Mapping[str, str], ignored: Sequence[str]) -> str:
+    """The codec of a layer by the library's rule: a target is a name, a pattern after ``re:``, or a class.
+
+    Of experts, which all have the same, ``module`` is the first.
+    """
+    experts = layer.kind == "experts"
+    name = module if experts else layer.name
 
     def match(targets: Iterable[str]) -> str | None:
-        if layer.name in targets:
-            return layer.name
-        patterns = (
-            one for one in targets if one.startswith(_PATTERN) and re.match(one.removeprefix(_PATTERN), layer.name)
-        )
-        return next(patterns, "Linear" if "Linear" in targets and layer.kind == "linear" else None)
+        if name in targets:
+            return name
+        patterns = (one for one in targets if one.startswith(_PATTERN) and re.match(one.removeprefix(_PATTERN), name))
+        return next(patterns, "Linear" if "Linear" in targets and (experts or layer.kind == "linear") else None)
 
     found = None if match(ignored) is not None else match(schemes)
     return DENSE if found is None else schemes[found]
@@ -312,21 +347,28 @@ def _open(source: Source, anatomy: Anatomy, _cache_dir: Path | None = None) -> F
     library()
     loader = WeightLoader(source, skeleton(source))
     targets = {name: loader.targets[loader.provider(name) or name] for name in _parameters(anatomy)}
+    experts: dict[str, tuple[Piece, ...]] = {}
     for layer in anatomy.layers:
         if layer.kind == "experts":
-            raise BadInput(
-                f"{layer.name} holds experts, which would stay in bf16 in compressed-tensors, and transformers loads "
-                f"no such folder; write this model for llama.cpp or transformers."
-            )
+            pieces = pieces_of(layer, targets[layer.parameter].sources)
+            if pieces is None:
+                raise BadInput(
+                    f"{layer.name} holds experts that {source.origin} does not store one by one, as compressed-tensors "
+                    f"needs them; write this model for llama.cpp or transformers."
+                )
+            experts[layer.name] = pieces
+    stacked = {layer.parameter for layer in anatomy.layers if layer.kind == "experts"}
     linear = {layer.parameter for layer in anatomy.layers if layer.kind == "linear"}
     for name, found in targets.items():
+        if name in stacked:
+            continue
         if not found.plain or (name in linear and not found.sources[0].endswith("weight")):
             raise BadInput(
                 f"{name} is made of {', '.join(found.sources[:2])} in {source.origin}, and compressed-tensors names "
                 f"its tensors after one weight; save the model anew with transformers first."
             )
     origins = {name: found.sources for name, found in targets.items()}
-    return FolderTarget(source, anatomy, origins)
+    return FolderTarget(source, anatomy, origins, experts)
 
 
 def _recognises(path: Path) -> bool:
@@ -351,6 +393,8 @@ ENGINE = Engine(
     installed=lambda: importlib.util.find_spec("compressed_tensors") is not None,
     run=run,
     refuses=rules.refuses,
+    warns=rules.warns,
+    shuns=rules.shuns,
     together=rules.together,
     fallback=DENSE,
     splits=True,

@@ -18,6 +18,8 @@ _INWARD = (
 those that write into the residual stream. All others are split along their outputs."""
 _PACKED = "pack-quantized"
 """The layout whose codes lie in words of 32 bits, which splitting must not tear apart."""
+_STACKED = "gate_up_proj"
+"""Last part of the name of layers with two matrices of experts, one below the other."""
 _WORD = 32
 
 
@@ -37,14 +39,36 @@ def check(texts: Sequence[str]) -> None:
 
 
 def together(layer: Layer) -> str | None:
-    """q, k and v are one product in these engines, gate and up another."""
-    return layer.fused if layer.kind == "linear" else None
+    """q, k and v are one product in these engines, gate and up another; transformers reads experts by one scheme."""
+    return "experts" if layer.kind == "experts" else layer.fused if layer.kind == "linear" else None
+
+
+def shuns(layer: Layer, codec: Codec) -> bool:
+    """Experts in bf16: transformers (5.23) unpacks all experts of such a folder, and fails where they are plain."""
+    return layer.kind == "experts" and str(codec) == DENSE
+
+
+def warns(layer: Layer, codec: Codec) -> str | None:
+    """What is to be said of a layer in a codec that transformers (5.23, with the library 0.20) does not load."""
+    if shuns(layer, codec):
+        return (
+            "transformers 5.23 loads packed experts only; vLLM's reader takes these from the files as they are, which "
+            "is not proven here"
+        )
+    if isinstance(codec, Integer):
+        return (
+            "transformers 5.23 with compressed-tensors 0.20 loads no folder with zero points, so that its proof is by "
+            "the library alone; vLLM's schema has them, which is not proven here"
+        )
+    return None
 
 
 def refuses(anatomy: Anatomy, layer: Layer, codec: Codec, ranks: int) -> str | None:
     """Why a layer cannot have a codec when it is split over ``ranks`` processors; None where it can."""
     if str(codec) == DENSE:
         return None
+    if layer.kind == "experts" and not (isinstance(codec, SignedInteger) and codec.activations == 16):
+        return "transformers unpacks experts from sint4 and sint8 without rounded inputs alone"
     return _not_a_layer(anatomy, layer) or _badly_split(layer, codec, ranks)
 
 
@@ -60,6 +84,8 @@ def _not_a_layer(anatomy: Anatomy, layer: Layer) -> str | None:
 
 def _badly_split(layer: Layer, codec: Codec, ranks: int) -> str | None:
     rows, columns = layer.shape
+    if layer.name.endswith(_STACKED):
+        rows //= 2
     inward = layer.name.rpartition(".")[2] in _INWARD if layer.writes is None else layer.writes
     size, what = (columns, "inputs") if inward else (rows, "outputs")
     if size % ranks:
