@@ -216,8 +216,10 @@ def test_run_continues_a_prompt(tersor: Callable[..., Outcome], folder: Path, ma
     asked = ("run", folder / "out", "hello", "--tokens", 8)
     data = json.loads(tersor(*asked, "--json").out)
     assert data["prompt"] == "hello"
-    assert tersor(*asked).out == data["text"] + "\n"
-    drawn = [tersor(*asked, "--temperature", 2, "--seed", seed).out for seed in (1, 1, 2)]
+    said = command_line.run(*asked, cache=folder / "cache")
+    assert said.text == data["text"] + "\n"
+    assert "written" in said.err
+    drawn = [json.loads(tersor(*asked, "--json", "--temperature", 2, "--seed", s).out)["text"] for s in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
 
 

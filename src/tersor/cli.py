@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from tersor.errors import BadInput, TersorError
+from tersor.talking import chat, run
 from tersor.version import __version__
 
 app = typer.Typer(
@@ -337,32 +336,8 @@ def inspect(model: Model, trust_remote_code: Trust = False, revision: Revision =
     show.emit(as_json, lambda: show.inspection_data(found), lambda: show.inspection_table(found))
 
 
-@app.command()
-def run(
-    artifact: Annotated[str, typer.Argument(help="An artifact folder.")],
-    prompt: Annotated[str, typer.Argument(help="Text to continue; a chat model gets it as a user's turn.")],
-    tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token every time.")] = 0.0,
-    seed: Seed = 0,
-    trust_remote_code: Trust = False,
-    as_json: Json = False,
-) -> None:
-    """Generate text with an artifact."""
-    from tersor import api, show
-
-    shown: Callable[[str], None] | None = None if as_json else show.stream
-    with show.progress():
-        text = api.generate(
-            artifact,
-            prompt,
-            tokens=tokens,
-            temperature=temperature,
-            seed=seed,
-            on_text=shown,
-            trust_remote_code=trust_remote_code,
-        )
-    if as_json:
-        sys.stdout.write(json.dumps({"prompt": prompt, "text": text}) + "\n")
+app.command()(run)
+app.command()(chat)
 
 
 @app.command()

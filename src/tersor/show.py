@@ -21,8 +21,11 @@ from transformers.utils import logging
 from tersor.api import Inspection
 from tersor.contracts import Quality
 from tersor.delivery import Delivered
+from tersor.errors import BadInput
 from tersor.pipeline import Planned, Result
+from tersor.stages.chat import Chat
 from tersor.stages.prove import Proof
+from tersor.stages.session import Written
 from tersor.survey import Outcome, Survey, front
 
 
@@ -88,6 +91,66 @@ def _console() -> Console:
 def stream(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def written_data(written: Written) -> dict[str, Any]:
+    return {
+        "text": written.text,
+        "prompt_tokens": written.prompt_tokens,
+        "tokens": written.tokens,
+        "prompt_tokens_per_second": round(written.prompt_speed, 2),
+        "tokens_per_second": round(written.speed, 2),
+        "fallback": written.fallback,
+    }
+
+
+def written_line(written: Written) -> None:
+    """How fast a text was written, on standard error, and why not faster."""
+    _say_fallback(written.fallback)
+    speed = f" at {written.speed:.1f} a second" if written.tokens > 1 else ""
+    sys.stderr.write(
+        f"tersor: {written.prompt_tokens} tokens read at {written.prompt_speed:.1f} a second, {written.tokens} written"
+        f"{speed}\n"
+    )
+
+
+def _say_fallback(reason: str | None) -> None:
+    if reason is not None:
+        sys.stderr.write(f"tersor: run by transformers, layer by layer: {reason}.\n")
+
+
+def talk(chat: Chat) -> None:
+    """Answer lines of standard input until ``/exit`` or its end. Raises KeyboardInterrupt from between answers."""
+    _say_fallback(chat.fallback)
+    while (line := _line()) is not None:
+        message = line.strip()
+        if message == "/exit":
+            return
+        if message == "/new":
+            chat.forget()
+        elif message:
+            _answer(chat, message)
+
+
+def _line() -> str | None:
+    """The next line, or None at the end. At a terminal it can be edited."""
+    try:
+        return input("> ") if sys.stdin.isatty() else sys.stdin.readline() or None
+    except EOFError:
+        sys.stdout.write("\n")
+        return None
+
+
+def _answer(chat: Chat, message: str) -> None:
+    try:
+        chat.say(message, stream)
+    except KeyboardInterrupt:
+        sys.stderr.write("tersor: the answer was broken off and is forgotten.\n")
+    except BadInput as error:
+        sys.stderr.write(f"tersor: {error}\n")
+    else:
+        if chat.full:
+            sys.stderr.write(f"tersor: all {chat.context} tokens of the conversation are taken; /new begins anew.\n")
 
 
 def nice_bytes(count: float) -> str:

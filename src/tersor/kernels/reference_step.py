@@ -32,7 +32,7 @@ class Program:
         self, x: Tensor, y: Tensor, weight: Tensor, *, eps: float, bias: Tensor | None = None, centred: bool = False
     ) -> None:
         def run(n: int, _: int) -> None:
-            rows = x[:n].unflatten(1, (-1, len(weight)))
+            rows = x[:n].reshape(n, -1, len(weight))
             if centred:
                 done = functional.layer_norm(rows, weight.shape, weight, bias, eps)
             else:
@@ -45,13 +45,15 @@ class Program:
         rotary = cosine.shape[1]
 
         def run(n: int, position: int) -> None:
-            heads = x[:n].unflatten(1, (-1, dim))[..., :rotary]
+            heads = torch.stack(x[:n].chunk(x.shape[1] // dim, 1), 1)[..., :rotary]
             if neighbours:
                 turned = torch.stack((-heads[..., 1::2], heads[..., 0::2]), -1).flatten(-2)
             else:
                 turned = torch.cat((-heads[..., rotary // 2 :], heads[..., : rotary // 2]), -1)
             at = slice(position, position + n)
-            heads.copy_(heads * cosine[at, None] + turned * sine[at, None])
+            done = heads * cosine[at, None] + turned * sine[at, None]
+            for head in range(done.shape[1]):
+                x[:n, head * dim : head * dim + rotary] = done[:, head]
 
         self._push(run)
 
