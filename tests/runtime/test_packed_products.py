@@ -104,6 +104,22 @@ def test_gradients_and_doubles_are_computed_from_decoded_weights(used: list[int]
     assert used == [3, 3]
 
 
+@pytest.mark.parametrize("quick", [True, False])
+def test_many_tokens_in_bfloat16_are_left_to_torch_where_it_is_faster(
+    quick: bool, monkeypatch: pytest.MonkeyPatch, used: list[int]
+) -> None:
+    monkeypatch.setattr(runtime_products.held, "_multiplies_bfloat16", lambda: quick)
+    for text, limit in (("bf16", 48), ("int4:g32", 256), ("lut3:row", 256), ("rot(int4:g32)", None)):
+        packed = linear(text)
+        for tokens in (47, 48, 255, 256, 300):
+            used.clear()
+            packed(torch.randn(tokens, IN).bfloat16())
+            by_product = not quick or limit is None or tokens < limit
+            assert used == ([tokens] if by_product else [])
+            packed(torch.randn(tokens, IN))
+            assert used[-1:] == [tokens]
+
+
 def test_other_stored_tensors_make_another_product(used: list[int]) -> None:
     """Whether they are written in place, replaced, or moved; the same ones keep theirs."""
     for text in ("int4:g32", "ternary:g32"):  # used where it lies; kept in another form

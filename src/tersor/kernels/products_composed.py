@@ -88,6 +88,11 @@ def chain(first: Product, second: Product) -> Product:
     return _made().chain(first, second)  # type: ignore[no-any-return]
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for products of bfloat16, which torch then uses."""
+    return bool(_made().multiplies_bfloat16())
+
+
 def _made() -> Any:
     if _products is None:
         raise RuntimeError("products were not compiled when this package was installed")

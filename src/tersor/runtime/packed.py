@@ -67,10 +67,7 @@ class Packed(nn.Module):
 
     def product(self) -> Product | None:
         """The compiled product of the weight as it is stored, or None where there is none."""
-        return self._product.find(self.codec, self._parts(), self.stored_shape)
-
-    def _parts(self) -> dict[str, Tensor]:
-        return {name: self.part(name) for name in self.part_names}
+        return self._product.find(self.codec, self._buffers, self.part_names, self.stored_shape)
 
     @property
     def device(self) -> torch.device:
@@ -90,7 +87,7 @@ class Packed(nn.Module):
     @torch.no_grad()
     def decode(self, rows: slice | Tensor) -> Tensor:
         """The chosen rows of the weight, ``(n, in)`` float32; of a stream as the module's dtype has them."""
-        tensors = self._parts()
+        tensors = {name: self.part(name) for name in self.part_names}
         if self.streamed:
             # Loading fills parts in place, and moving a module replaces them.
             state = [(part.data_ptr(), 0 if part.is_inference() else part._version) for part in tensors.values()]
@@ -131,7 +128,7 @@ class Packed(nn.Module):
 
         By the compiled product where there is one for such inputs. No gradients.
         """
-        found = self.product() if takes(x) else None
+        found = self.product() if takes(self.codec, x) else None
         return self.times_decoded(x, bias) if found is None else multiplied(found, x, bias)
 
     @torch.no_grad()

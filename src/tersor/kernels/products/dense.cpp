@@ -272,10 +272,20 @@ ProductPtr sparse(In<uint16_t, 1> values, In<uint16_t, 1> places, In<int32_t, 1>
     return std::make_shared<Sparse>(std::move(values), std::move(places), std::move(starts), columns);
 }
 
+bool multiplies_bfloat16() {
+#ifdef TERSOR_X86
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512bf16");
+#else
+    return false;
+#endif
+}
+
 }  // namespace
 
 void bind_dense(nb::module_& module) {
     module.def("dense", &dense, nb::arg("weight"), nb::arg("kind"));
+    module.def("multiplies_bfloat16", &multiplies_bfloat16);
     module.def("sparse", &sparse, nb::arg("values"), nb::arg("places"), nb::arg("starts"), nb::arg("columns"));
 }
 

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from weakref import ref
 
 import torch
 from torch import Tensor
 
+from tersor.codecs import Dense, Integer, LookupTable, MicroFloat, NvFloat, SignedInteger, SmallFloat
 from tersor.contracts import Codec, Shape
-from tersor.kernels import products
+from tersor.kernels import products, products_composed
 from tersor.kernels.products import Product
 from tersor.runtime.products.table import product_of
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _TENSORS = (Tensor, torch.nn.Parameter)
+_DENSE, _QUICK = 48, 256
+"""From how many tokens on decoding once and torch's bfloat16 product, where the machine has one, took less time than
+ours: weights kept as floats, and codecs decoded in a few nanoseconds a weight. For all others from 1,500 tokens on."""
+_QUICKLY_DECODED = (Integer, SignedInteger, LookupTable, SmallFloat, MicroFloat, NvFloat)
 
 
 class _Switch:
@@ -34,52 +40,63 @@ def decoded_only() -> Iterator[None]:
         _Switch.on = before
 
 
-State = tuple[tuple["ref[Tensor]", int, int], ...]
-"""Of each stored tensor: itself, where its numbers lie, and how often they were written to."""
+class HeldProduct:
+    """The product of a codec's stored tensors, kept for as long as those stay what they are."""
 
+    def __init__(self) -> None:
+        # Of each stored tensor: its name, itself, where its numbers lie, and how often they were written to.
+        self._state: tuple[tuple[str, ref[Tensor], int, int], ...] | None = None
+        self._product: Product | None = None
 
-def state_of(parts: Mapping[str, Tensor]) -> State:
-    """What differs as soon as a stored tensor is moved, replaced, or changed in place."""
-    return tuple((ref(part), part.data_ptr(), _version(part)) for part in parts.values())
+    def find(
+        self, codec: Codec, parts: Mapping[str, Tensor | None], names: tuple[str, ...], shape: Shape
+    ) -> Product | None:
+        """The product, or None where there is none. ``names``: of the stored tensors among ``parts``.
 
+        Raises ValueError for a damaged stream.
+        """
+        if not _Switch.on:
+            return None
+        if self._state is None or not self._unchanged(parts):
+            own = {name: part for name in names if (part := parts[name]) is not None}
+            state = tuple((name, ref(part), part.data_ptr(), _version(part)) for name, part in own.items())
+            self._product, self._state = product_of(codec, own, shape), state
+        return self._product
 
-def unchanged(parts: Mapping[str, Tensor], state: State) -> bool:
-    """Whether these are the tensors that the state was taken of, as they were."""
-    return len(parts) == len(state) and all(
-        was() is part and at == part.data_ptr() and version == _version(part)
-        for part, (was, at, version) in zip(parts.values(), state, strict=True)
-    )
+    def _unchanged(self, parts: Mapping[str, Tensor | None]) -> bool:
+        """Whether the stored tensors are the same ones, where they were, and as they were: loading fills them in place,
+        and moving a module replaces them."""
+        assert self._state is not None
+        for name, was, at, version in self._state:
+            part = parts[name]
+            if part is None or was() is not part or part.data_ptr() != at or _version(part) != version:
+                return False
+        return True
 
 
 def _version(part: Tensor) -> int:
     return 0 if part.is_inference() else part._version
 
 
-class HeldProduct:
-    """The product of a codec's stored tensors, kept for as long as those stay what they are."""
-
-    def __init__(self) -> None:
-        self._found: tuple[State, Product | None] | None = None
-
-    def find(self, codec: Codec, parts: Mapping[str, Tensor], shape: Shape) -> Product | None:
-        """The product, or None where there is none. Raises ValueError for a damaged stream."""
-        if not _Switch.on:
-            return None
-        found = self._found
-        if found is None or not unchanged(parts, found[0]):
-            found = state_of(parts), product_of(codec, parts, shape)
-            self._found = found
-        return found[1]
+def takes(codec: Codec, x: Tensor) -> bool:
+    """Whether a product is for inputs ``x (tokens, in)``, and faster: they are on the processor, of 16 or 32 bits, no
+    stand-ins for numbers, and not so many that decoding the weight once for all of them pays.
+    """
+    if x.device.type != "cpu" or x.dtype not in _FLOATS or type(x) not in _TENSORS:
+        return False
+    if x.dtype != torch.bfloat16 or len(x) < _DENSE or not _multiplies_bfloat16():
+        return True
+    return type(codec) is not Dense and (len(x) < _QUICK or type(codec) not in _QUICKLY_DECODED)
 
 
-def takes(x: Tensor) -> bool:
-    """Whether products are for inputs like these: on the processor, of 16 or 32 bits, and no stand-ins."""
-    return x.device.type == "cpu" and x.dtype in _FLOATS and type(x) in _TENSORS
+@lru_cache(maxsize=1)
+def _multiplies_bfloat16() -> bool:
+    return products_composed.multiplies_bfloat16()
 
 
 def multiplied(product: Product, x: Tensor, bias: Tensor | None) -> Tensor:
     """``x (tokens, in)`` times the weight, plus ``bias (out,)``: computed in float32, in the dtype of ``x``."""
-    y = products.multiply(product, x.detach().float())
+    y = products.multiply(product, x if x.dtype == torch.float32 else x.float())
     if bias is not None:
         y += bias.detach()
-    return y.to(x.dtype)
+    return y if x.dtype == torch.float32 else y.to(x.dtype)
