@@ -21,7 +21,7 @@ DEVELOPER := $(VENV)/.installed-for-development
 comma := ,
 SLOW := note: no C++ compiler was found; everything works, but encoding takes about three times as long
 
-.PHONY: demo test lint sanitize test-plain bench bench-leaves bench-limit bench-allocation bench-sensitivity bench-memory bench-resume bench-peers bench-engines clean
+.PHONY: demo test lint sanitize test-plain bench bench-leaves bench-limit bench-allocation bench-sensitivity bench-memory bench-resume bench-peers bench-engines bench-w4a16 clean
 .DELETE_ON_ERROR:
 
 demo: $(USER)
@@ -95,7 +95,14 @@ bench-peers: out/reference
 out/reference-wide: $(USER)
 	$(BIN)/python benchmarks/reference_model.py $@ --wide
 
-bench-engines: out/reference out/reference-wide
+# W4A16 in compressed-tensors against llm-compressor's GPTQ, which is installed under out/peers/.
+bench-w4a16: out/reference
+	@test -f $(TEXT) || { echo "name a text to measure on: make bench-w4a16 TEXT=/path/to/text.txt" >&2; exit 1; }
+	$(INSTALL) --editable '.[compressed-tensors]'
+	$(BIN)/python benchmarks/engines_w4a16.py --model out/reference --text $(TEXT) \
+	  --model-name "re-gauged SmolLM2-135M-Instruct (benchmarks/reference_model.py)"
+
+bench-engines: out/reference out/reference-wide bench-w4a16
 	@test -f $(TEXT) || { echo "name a text to measure on: make bench-engines TEXT=/path/to/text.txt" >&2; exit 1; }
 	$(INSTALL) --editable '.[gguf]' xllamacpp
 	$(BIN)/python benchmarks/engines.py --model out/reference --wide out/reference-wide --text $(TEXT)

@@ -1,38 +1,45 @@
-"""W4A16 for vLLM: tersor's codes next to llm-compressor's GPTQ, the same scheme, calibration text and model.
+"""W4A16 for vLLM: tersor's codes next to llm-compressor's GPTQ, the same scheme, calibration windows and model.
 
 Both write a compressed-tensors folder with every linear layer of the blocks in symmetric 4-bit integers of one group
 size, embedding and head as they are. Both folders are then read and measured in float32 by one evaluator on the same
-held-out windows; ours is run by transformers too. llm-compressor runs in an environment of its own, as ``peers.py``
-installs it, and stores float32 scales, ours are bfloat16.
+held-out windows; ours is run by stock transformers too. llm-compressor runs in an environment of its own, as
+``peers.py`` installs it, in float32, and stores float32 scales; ours are bfloat16.
 
-    python benchmarks/engines_w4a16.py --model MODEL --text TEXT --python ENV/bin/python [--groups 64,32] [--blocks 2]
+Time is that of quantization: of theirs the call of ``oneshot`` with the model loaded and the text tokenized; of ours
+everything from opening the model to the last encoded layer, in an artifact on disk. Neither counts imports, what is
+written after that, checks and measurements. Seconds of the clock depend on what else the machine does; processor
+seconds do so less.
 
-``--blocks`` cuts the model after so many blocks, for a short trial. What is done is kept in the work folder. Groups
-that do not divide a layer's width are reported as such: vLLM cannot have them there.
+    python benchmarks/engines_w4a16.py --model MODEL --text TEXT [--groups 64,32] [--blocks 2] [--out RESULT.json]
+
+``--blocks`` cuts the model after so many blocks, for a short trial. What is done is kept in the work folder, so a
+stopped benchmark continues. Groups that do not divide a layer's width are reported as such: vLLM cannot have them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
-import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from peers import Bench, Job
 
 from tersor import api, pipeline
 from tersor.anatomy import analyse, open_source, skeleton
 from tersor.codecs import parse
 from tersor.contracts import Anatomy, Choice, Plan
 from tersor.engines.compressed_tensors.rules import refuses
+from tersor.stages.encode import STAGE
 
-HERE = Path(__file__).parent
 ENGINE = "compressed-tensors"
+AIMS = {"kl_ratio": 0.85, "cpu_ratio": 0.5, "time_ratio": 0.5}
+"""What each ratio of ours to theirs should be at most."""
 
 
 def cut(model: Path, blocks: int, folder: Path) -> Path:
@@ -46,14 +53,13 @@ def cut(model: Path, blocks: int, folder: Path) -> Path:
     return folder
 
 
-def split_text(text: Path, work: Path) -> tuple[Path, Path]:
-    """The text in two files: nine tenths to calibrate with, the rest held out."""
+def held_out(text: Path, work: Path) -> Path:
+    """The last tenth of the text in a file of its own; calibration takes its windows from the beginning."""
     words = text.read_text(encoding="utf-8")
     at = words.rfind("\n", 0, len(words) * 9 // 10) + 1 or len(words) * 9 // 10
-    made = work / "calibration.txt", work / "held-out.txt"
-    for path, part in zip(made, (words[:at], words[at:]), strict=True):
-        path.write_text(part, encoding="utf-8")
-    return made
+    path = work / "held-out.txt"
+    path.write_text(words[at:], encoding="utf-8")
+    return path
 
 
 def uniform(anatomy: Anatomy, text: str) -> Plan:
@@ -68,138 +74,193 @@ def uniform(anatomy: Anatomy, text: str) -> Plan:
     return Plan(layers, 1 << 60, 0, 0.0)
 
 
-class Bench:
-    """What both sides share: the model, the texts, and where results are kept."""
+class Until:
+    """Time from now until a stage last reported, by the clock and by the processors of this process."""
+
+    def __init__(self, stage: str) -> None:
+        self._stage, self._began = stage, (time.perf_counter(), time.process_time())
+        self.seconds = self.cpu_seconds = 0.0
+
+    def __call__(self, stage: str, _done: int, _total: int) -> None:
+        """As a run's ``progress``."""
+        if stage == self._stage:
+            self.seconds = time.perf_counter() - self._began[0]
+            self.cpu_seconds = time.process_time() - self._began[1]
+
+
+class Comparison:
+    """One model, its texts, and what both sides made of it."""
 
     def __init__(self, given: argparse.Namespace) -> None:
         self.given = given
         self.work: Path = given.work
         self.work.mkdir(parents=True, exist_ok=True)
-        self.model = (
-            cut(given.model, given.blocks, self.work / f"model-{given.blocks}") if given.blocks else given.model
-        )
-        self.calibration, self.held_out = split_text(given.text, self.work)
-        self.settings: dict[str, Any] = {
-            "text": str(self.calibration),
-            "eval_text": str(self.held_out),
-            "sequences": given.sequences,
-            "length": given.length,
-            "eval_sequences": given.eval_sequences,
-            "workers": given.workers,
-        }
+        if given.blocks:
+            given.model = cut(given.model, given.blocks, self.work / f"model-{given.blocks}")
+        self.model: Path = given.model
+        self.peer = Bench(given)
+        self.held_out = held_out(given.text, self.work)
 
     def ours(self, group: int) -> dict[str, Any]:
-        """A folder by tersor, and what the engine computes with it."""
+        """A folder by tersor, and what transformers computes with it."""
         source = open_source(self.model)
         plan = uniform(analyse(source, skeleton(source)), f"sint4:g{group}:bf16")
-        output = self.work / f"tersor-g{group}"
-        began = time.process_time()
-        done = api.compress_for(ENGINE, self.model, output, plan=plan, overwrite=True, samples=0, **self.settings)
-        cpu = time.process_time() - began  # all stages
+        output, given, clock = self.work / f"tersor-g{group}", self.given, Until(STAGE)
+        done = api.compress_for(
+            ENGINE,
+            self.model,
+            output,
+            plan=plan,
+            overwrite=True,
+            restart=True,
+            progress=clock,
+            text=str(self.peer.calibration),
+            eval_text=str(self.held_out),
+            sequences=given.sequences,
+            length=given.length,
+            eval_sequences=given.eval_sequences,
+            samples=0,
+            workers=given.workers,
+        )
         assert done.proof is not None
-        stages = dict(done.result.stages)
-        # The other side neither verifies nor measures. Where processors are shared, CPU time says more than this.
-        seconds = sum(stages.get(name, 0.0) for name in ("open", "text", "statistics", "plan", "encode"))
         return {
-            "seconds": seconds,
-            "cpu_seconds": cpu,
-            "stages": stages,
+            "seconds": clock.seconds,
+            "cpu_seconds": clock.cpu_seconds,
+            "stages": dict(done.result.stages),
             "bytes": done.proof.file_bytes,
-            "quality": self.quality(output),
-            "proof": {**asdict(done.proof), "path": str(output)},
+            "proof": {**asdict(done.proof), "path": output.name},
         }
 
     def theirs(self, group: int) -> dict[str, Any]:
-        """A folder by llm-compressor's GPTQ, likewise."""
-        folder = self.work / f"llmcompressor-g{group}"
-        if not (folder / "result.json").exists():
-            settings = {"bits": 4, "group": group, "sequences": self.given.sequences, "length": self.given.length}
-            command = [str(self.given.python), str(HERE / "peers" / "llm_compressor.py")]
-            command += ["--model", str(Path(self.model).resolve()), "--text", str(self.calibration.resolve())]
-            command += ["--out", str(folder.resolve()), "--settings", json.dumps(settings)]
-            threads = {"OMP_NUM_THREADS": str(self.given.workers), "HF_HUB_OFFLINE": "1"}
-            subprocess.run([*command, "--threads", str(self.given.workers)], check=True, env={**os.environ, **threads})
+        """A folder by llm-compressor's GPTQ. Raises CalledProcessError when that fails."""
+        folder = self.peer.quantized(Job("llmcompressor", {"bits": 4, "group": group}))
+        (folder / "dequantized.safetensors").unlink(missing_ok=True)  # the folder itself is read
         result = json.loads((folder / "result.json").read_text())
-        return {
-            "seconds": result["seconds"],
-            "cpu_seconds": result["cpu_seconds"],
-            "version": result["version"],
-            "bytes": result["file_bytes"],
-            "quality": self.quality(folder / "files"),
-        }
+        taken = {name: result[name] for name in ("seconds", "cpu_seconds", "version")}
+        return {**taken, "bytes": result["file_bytes"], "folder": str(folder / "files")}
 
     def quality(self, folder: Path) -> dict[str, Any]:
         """Of a folder's weights, in float32 on the held-out text."""
         given = self.given
-        return asdict(
-            api.evaluate(
-                folder,
-                against=self.model,
-                text=str(self.held_out),
-                sequences=given.eval_sequences,
-                length=given.length,
-                dtype="float32",
-                workers=given.workers,
-            )
+        found = api.evaluate(
+            folder,
+            against=self.model,
+            text=str(self.held_out),
+            sequences=given.eval_sequences,
+            length=given.length,
+            dtype="float32",
+            workers=given.workers,
         )
+        return asdict(found)
+
+    def kept(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """JSON in the work folder, made once for each calibration text."""
+        path = self.work / f"{name}_{self.peer.key}.json"
+        if not path.exists():
+            made = make()
+            path.write_text(json.dumps(made, indent=1) + "\n")
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
 
     def row(self, group: int) -> dict[str, Any]:
         """Both sides at one group size."""
-        kept = self.work / f"row-g{group}.json"
-        if kept.exists():
-            return dict(json.loads(kept.read_text()))
         try:
-            ours = self.ours(group)
+            ours = self.kept(f"ours-g{group}", lambda: self.ours(group))
         except ValueError as error:
             return {"group": group, "error": str(error)}
-        found = {"group": group, "ours": ours, "theirs": self.theirs(group)}
-        kl = [found[side]["quality"]["kl"] for side in ("ours", "theirs")]
-        found |= {"kl_ratio": kl[0] / kl[1], "time_ratio": ours["seconds"] / found["theirs"]["seconds"]}
-        kept.write_text(json.dumps(found, indent=1) + "\n")
-        return found
+        theirs = self.kept(f"theirs-g{group}", lambda: self.theirs(group))
+        folders = {"ours": self.work / f"tersor-g{group}", "theirs": Path(theirs.pop("folder"))}
+        for side, data in (("ours", ours), ("theirs", theirs)):
+            name = f"quality-{side}-g{group}-{self.given.eval_sequences}"
+            data["quality"] = self.kept(name, lambda side=side: self.quality(folders[side]))
+        ratios = {
+            "kl_ratio": ours["quality"]["kl"] / theirs["quality"]["kl"],
+            "cpu_ratio": ours["cpu_seconds"] / theirs["cpu_seconds"],
+            "time_ratio": ours["seconds"] / theirs["seconds"],
+        }
+        return {"group": group, "ours": ours, "theirs": theirs, **ratios}
 
 
-def show(row: dict[str, Any]) -> str:
-    """One line of the table."""
-    if "error" in row:
-        return f"g{row['group']}: {row['error']}"
-    sides = [
-        f"{side} KL {row[side]['quality']['kl']:.5f} in {row[side]['seconds']:.0f} s "
-        f"(CPU {row[side]['cpu_seconds']:.0f} s), {row[side]['bytes']:,} bytes"
-        for side in ("ours", "theirs")
+def markdown(result: dict[str, Any]) -> str:
+    """The results as a page."""
+    lines = [
+        "# W4A16 in compressed-tensors, next to llm-compressor's GPTQ",
+        "",
+        f"Model: {result['model']}. Calibration: {result['calibration']}; evaluation: {result['evaluation']}. KL in "
+        "nats per token against the source, both folders in float32 by one evaluator. Threads of each side: "
+        f"{result['workers']}.",
+        "",
+        "Time is that of quantization: theirs of `oneshot` alone, model loaded and text tokenized; ours from opening "
+        "the model to the last encoded layer on disk. Other programs ran on the same processors, so seconds of the "
+        "clock say less than processor seconds.",
+        "",
+        "| group | by | KL | bytes | processor s | clock s |",
+        "|---|---|---|---|---|---|",
     ]
-    return f"g{row['group']}: {'; '.join(sides)}; KL x {row['kl_ratio']:.3f}, time x {row['time_ratio']:.2f}"
+    after = []
+    for row in result["rows"]:
+        if "error" in row:
+            lines.append(f"| {row['group']} | {row['error']} | | | | |")
+            continue
+        for side, name in (("ours", "tersor"), ("theirs", row["theirs"]["version"])):
+            one = row[side]
+            quality = one["quality"]
+            lines.append(
+                f"| {row['group']} | {name} | {quality['kl']:.4f} ± {quality['kl_error']:.4f} | {one['bytes']:,} | "
+                f"{one['cpu_seconds']:.0f} | {one['seconds']:.0f} |"
+            )
+        met = ", ".join(
+            f"{name.removesuffix('_ratio')} {row[name]:.2f} (aim {aim}{'' if row[name] <= aim else ', missed'})"
+            for name, aim in AIMS.items()
+        )
+        proof = row["ours"]["proof"]
+        after += [
+            "",
+            f"Groups of {row['group']}, ours divided by theirs: {met}. Stock transformers computes our folder with a "
+            f"KL of {proof['engine']['kl']:.4f}; our decoding predicts {proof['ours']['kl']:.4f}; between the two are "
+            f"{proof['noise']:.1e} nats.",
+        ]
+    return "\n".join([*lines, *after]) + "\n"
+
+
+def run(given: argparse.Namespace) -> None:
+    """All group sizes, and after each the tables of what there is."""
+    name = given.model_name or given.model.name
+    comparison = Comparison(given)
+    result: dict[str, Any] = {
+        "model": name + (f", its first {given.blocks} blocks" if given.blocks else ""),
+        "calibration": f"{given.sequences} windows of {given.length} tokens from the beginning of {given.text.name}",
+        "evaluation": f"{given.eval_sequences} windows of {given.length} from its last tenth",
+        "machine": platform.processor() or platform.machine(),
+        "workers": given.workers,
+        "rows": [],
+    }
+    for group in (int(word) for word in given.groups.split(",")):
+        result["rows"].append(comparison.row(group))
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        given.out.write_text(json.dumps(result, indent=1) + "\n")
+        given.out.with_suffix(".md").write_text(markdown(result))
+    print(given.out.with_suffix(".md").read_text())
 
 
 def main() -> None:
-    """Read the command line and measure all group sizes."""
+    """Read the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--model-name", help="what to call it in the results")
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--python", type=Path, required=True, help="interpreter with llmcompressor")
-    parser.add_argument("--groups", default="128,64,32")
+    parser.add_argument("--groups", default="64")
     parser.add_argument("--blocks", type=int, default=0, help="of the model, from the first; 0 for all")
-    parser.add_argument("--sequences", type=int, default=64)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--eval-sequences", type=int, default=16)
+    parser.add_argument("--sequences", type=int, default=32, help="calibration windows, for both sides")
+    parser.add_argument("--length", type=int, default=512, help="tokens in each of them")
+    parser.add_argument("--eval-sequences", type=int, default=8)
     parser.add_argument("--workers", type=int, default=pipeline.available_workers())
     parser.add_argument("--work", type=Path, default=Path("out/engines-w4a16"))
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--tools", type=Path, default=Path("out/peers"), help="where llm-compressor is installed")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/engines_w4a16.json"))
     given = parser.parse_args()
-    bench = Bench(given)
-    began = time.time()
-    rows = []
-    for group in (int(word) for word in given.groups.split(",")):
-        rows.append(bench.row(group))
-        print(show(rows[-1]), flush=True)
-    if given.out is not None:
-        settings = {name: str(value) for name, value in vars(given).items()}
-        head = {
-            "settings": settings,
-            "machine": platform.processor() or platform.machine(),
-            "seconds": time.time() - began,
-        }
-        given.out.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
+    given.chunks, given.window = given.eval_sequences, given.length
+    run(given)
 
 
 if __name__ == "__main__":

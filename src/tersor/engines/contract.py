@@ -118,8 +118,8 @@ class Engine:
     its arithmetic; None where they cannot. ``warns(layer, codec)``: what is to be said where not all programs that read
     such files load this layer in that codec. ``shuns(layer, codec)``: whether it is to be chosen only where nothing
     else is left, as what proves files here does not load it. ``open``: see :class:`Opener`.
-    ``recognises(path)``: whether a file or folder is one of its. ``installed()``, ``run(path, length, threads)``: the real engine, which raises
-    EngineFailed.
+    ``recognises(path)``: whether a file or folder is one of its. ``installed()``, ``run(path, length, threads)``: the
+    real engine, which raises EngineFailed.
     """
 
     name: str
