@@ -25,6 +25,8 @@ from tersor.stages.fast import fast_curves
 from tersor.stages.generate import write_text
 from tersor.stages.options import Budget, Options, parse_budget, parse_bytes
 from tersor.stages.prove import Proof
+from tersor.stages.serve import Server
+from tersor.stages.serve import open_server as open_server_at
 from tersor.stages.session import Style, Written
 from tersor.survey import Outcome, Request, Survey, run_survey
 
@@ -344,6 +346,30 @@ def _cache_type(name: str) -> torch.dtype:
     if name not in types:
         raise BadInput(f"--cache {name!r} is unknown; write float16 or float32.")
     return types[name]
+
+
+def open_server(
+    artifact: str | Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    context: int | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> Server:
+    """An artifact ready to be served to OpenAI clients by transformers' own server; ``run`` of what comes serves it.
+
+    ``port`` 0 takes a free one. ``context``: tokens of prompt and answer together, at most (default: what the model
+    takes, up to 8192). Raises BadInput where the address is not to be had or the extra ``serve`` is missing.
+    """
+    return open_server_at(
+        Path(artifact),
+        host=host,
+        port=port,
+        context=context,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
 
 
 def survey(

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from tersor.errors import BadInput, TersorError
+from tersor.running import serve
 from tersor.talking import chat, run
 from tersor.version import __version__
 
@@ -338,6 +339,7 @@ def inspect(model: Model, trust_remote_code: Trust = False, revision: Revision =
 
 app.command()(run)
 app.command()(chat)
+app.command()(serve)
 
 
 @app.command()
