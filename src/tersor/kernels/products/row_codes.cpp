@@ -75,21 +75,6 @@ int slices_of(const RowLayout& layout) {
     return layout.groups == 1 || layout.group % (4 * slices) == 0 ? slices : 0;
 }
 
-// Column `slices * j + k` of each step of 64 * slices columns goes to place 64 * k + j of the step.
-void lay_out(const std::vector<int8_t>& from, const Activations& rounded, int64_t width, int slices,
-             std::vector<int8_t>& to) {
-    to.assign(rounded.tokens * width, 0);
-    for (int64_t t = 0; t < rounded.tokens; ++t) {
-        for (int64_t begin = 0; begin < rounded.columns; begin += 64 * slices) {
-            const int8_t* in = from.data() + t * rounded.width + begin;
-            int8_t* out = to.data() + t * width + begin;
-            const int64_t n = std::min<int64_t>(64 * slices, rounded.columns - begin);
-            for (int k = 0; k < slices; ++k)
-                for (int64_t j = 0; slices * j + k < n; ++j) out[64 * k + j] = in[slices * j + k];
-        }
-    }
-}
-
 }  // namespace
 
 void RowScales::expand(const RowLayout& layout, int64_t row) {
@@ -113,6 +98,15 @@ void RowScales::expand(const RowLayout& layout, int64_t row) {
 
 RowInputs::RowInputs(const Activations& rounded, const RowLayout& layout)
     : rounded(rounded), group_sums(rounded.tokens * layout.groups) {
+    if (isa() == Isa::avx512) {
+        slices = slices_of(layout);
+        width = slices > 1 ? (rounded.columns + 64 * slices - 1) / (64 * slices) * 64 * slices : rounded.width;
+        inputs_avx512(layout, *this);
+        return;
+    }
+    const bool narrow = isa() == Isa::avx2 && fits_avx2(layout);
+    if (narrow) sixteen.resize(rounded.tokens * rounded.width);
+    else values.resize(rounded.tokens * rounded.width);
     for (int64_t t = 0; t < rounded.tokens; ++t) {
         for (int64_t g = 0; g < layout.groups; ++g) {
             const int64_t at = g * layout.group;
@@ -120,20 +114,6 @@ RowInputs::RowInputs(const Activations& rounded, const RowLayout& layout)
             if (rounded.two_planes) sum = 256 * sum + sum_of(rounded.low_of(t) + at, layout.group);
             group_sums[t * layout.groups + g] = static_cast<float>(sum);
         }
-    }
-    if (isa() == Isa::avx512) {
-        slices = slices_of(layout);
-        if (slices <= 1) return;
-        const int64_t step = 64 * slices;
-        width = (rounded.columns + step - 1) / step * step;
-        lay_out(rounded.high, rounded, width, slices, high);
-        if (rounded.two_planes) lay_out(rounded.low, rounded, width, slices, low);
-        return;
-    }
-    const bool narrow = isa() == Isa::avx2 && fits_avx2(layout);
-    if (narrow) sixteen.resize(rounded.tokens * rounded.width);
-    else values.resize(rounded.tokens * rounded.width);
-    for (int64_t t = 0; t < rounded.tokens; ++t) {
         for (int64_t c = 0; c < rounded.columns; ++c) {
             const int32_t integer = rounded.at(t, c);
             if (narrow) sixteen[t * rounded.width + c] = static_cast<int16_t>(integer);
@@ -275,11 +255,12 @@ class RowCodes final : public Product {
         const Activations rounded(x, tokens, columns, options);
         const RowInputs inputs(rounded, layout_);
         const RowLoop loop = isa() == Isa::avx512 ? rows_avx512 : isa() == Isa::avx2 ? rows_avx2 : rows_portable;
-        // Several parts for each thread, as threads are not equally fast; whole blocks of rows; and for many tokens no more
-        // codes than stay near while all tokens take their turn.
+        // Several parts for each thread, as threads are not equally fast, but none too small for its own beginning; whole
+        // blocks of rows; and for many tokens no more codes than stay near while all tokens take their turn.
         const int64_t kept = tokens > 4 ? std::max<int64_t>((1 << 18) / layout_.row_bytes, 8) : rows;
-        const int64_t share = std::min(rows / (4 * std::max(options.threads, 1)), kept);
-        const int64_t part = std::max<int64_t>((share + 7) / 8 * 8, 8);
+        const int64_t least = std::max<int64_t>((1 << 14) / layout_.row_bytes, 8);
+        const int64_t share = options.threads > 1 ? rows / (4 * options.threads) : rows;
+        const int64_t part = (std::min(std::max(share, least), kept) + 7) / 8 * 8;
         parallel((rows + part - 1) / part, options.threads, [&](int64_t i) {
             loop(layout_, inputs, i * part, std::min(rows, (i + 1) * part), y, stride);
         });

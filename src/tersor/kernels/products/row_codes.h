@@ -68,6 +68,9 @@ void rows_avx2(const RowLayout&, const RowInputs&, int64_t first, int64_t last, 
 void rows_avx2_floats(const RowLayout&, const RowInputs&, int64_t first, int64_t last, float* y, int64_t stride);
 void rows_avx512(const RowLayout&, const RowInputs&, int64_t first, int64_t last, float* y, int64_t stride);
 
+// Fills what rows_avx512 takes of `inputs`: the sums of groups, and the planes as slices.
+void inputs_avx512(const RowLayout& layout, RowInputs& inputs);
+
 // Whether rows_avx2 has integer products for a layout.
 bool fits_avx2(const RowLayout& layout);
 
