@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -121,6 +122,14 @@ def test_attention(dtype: torch.dtype, heads: int, group: int, dim: int, window:
         assert position == CONTEXT
         found.append(torch.cat(results))
     agree([(found[0], found[1])], 4e-6)
+
+
+def test_a_cache_takes_no_memory_before_it_is_used() -> None:
+    process = psutil.Process()
+    before = process.memory_info().rss
+    keys, values = step.make_cache(8, 1 << 18, 64)
+    assert keys.nbytes + values.nbytes == 2 * 8 * (1 << 18) * 64 * 4
+    assert process.memory_info().rss - before < 50 << 20
 
 
 def test_halves_are_rounded_to_nearest() -> None:

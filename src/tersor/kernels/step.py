@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,12 +36,12 @@ def make_cache(heads: int, context: int, dim: int, dtype: torch.dtype = torch.fl
     positions that are never reached is never touched.
     """
     blocks = -(-context // BLOCK)
-    # Zeros straight from the system: pages come into being when they are written. What lies behind the last position
-    # is multiplied by weights of 0, and so must be finite.
-    return (
-        torch.zeros(heads, blocks, dim, BLOCK, dtype=dtype),
-        torch.zeros(heads, blocks, BLOCK, -(-dim // BLOCK) * BLOCK, dtype=dtype),
-    )
+    # NumPy takes zeros straight from the system, whose pages come into being when they are written; torch writes them.
+    # What lies behind the last position is multiplied by weights of 0, and so must be finite.
+    kind = np.float16 if dtype == torch.float16 else np.float32
+    keys = np.zeros((heads, blocks, dim, BLOCK), dtype=kind)
+    values = np.zeros((heads, blocks, BLOCK, -(-dim // BLOCK) * BLOCK), dtype=kind)
+    return torch.from_numpy(keys), torch.from_numpy(values)
 
 
 class Program:
