@@ -14,6 +14,7 @@ from tersor.artifact.layout import compute_layout
 from tersor.codecs import parse
 from tersor.contracts import Anatomy, Layer
 from tersor.engines.compressed_tensors.engine import FolderTarget
+from tersor.engines.compressed_tensors.experts import Piece
 from tersor.engines.compressed_tensors.forms import DENSE, FORMS
 from tersor.engines.compressed_tensors.rules import refuses
 
@@ -36,6 +37,7 @@ class Tensors:
 def invented(draw: random.Random, shard: int) -> FolderTarget:
     """A model of random names and sizes; its files have other names for its parameters, longer or shorter."""
     source, layers, kept, origins = Tensors(), [], {}, {}
+    experts: dict[str, tuple[Piece, ...]] = {}
     inside, outside = draw.sample(PREFIXES, 2)
     for number in range(draw.randint(1, 12)):
         name = f"{inside}.{number}.{draw.choice(LEAVES)}"
@@ -50,9 +52,20 @@ def invented(draw: random.Random, shard: int) -> FolderTarget:
             kept[f"{name}.{leaf}"] = (dtype, size)
             source.add(f"{stored}.{leaf}", torch.float32, size)
             origins[f"{name}.{leaf}"] = (f"{stored}.{leaf}",)
+    if draw.random() < 0.5:
+        name, copies, shape = f"{inside}.0.mlp.experts.up", draw.randint(2, 9), (draw.randint(8, 40), 64)
+        layers.append(Layer(name, name, "experts", shape, 0, inputs=name, copies=copies))
+        modules = [f"{outside}.0.mlp.experts.{number}.{draw.choice(LEAVES)}" for number in range(copies)]
+        experts[name] = tuple(
+            Piece(module, slice(number * shape[0], (number + 1) * shape[0]), shape)
+            for number, module in enumerate(modules)
+        )
+        for module in modules:
+            source.add(f"{module}.weight", torch.bfloat16, shape)
+        origins[name] = tuple(f"{module}.weight" for module in modules)
     anatomy = Anatomy("any", (inside,), tuple(layers), kept, (), None, None, 0)
     given: Any = source
-    return FolderTarget(given, anatomy, origins, shard)
+    return FolderTarget(given, anatomy, origins, experts, shard)
 
 
 def allowed(target: FolderTarget, layer: Layer, text: str) -> bool:
