@@ -104,6 +104,16 @@ def test_gradients_and_doubles_are_computed_from_decoded_weights(used: list[int]
     assert used == [3, 3]
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_traced_does_not_depend_on_the_inputs_it_was_traced_with(used: list[int]) -> None:
+    packed = linear("int4:g32")
+    with torch.no_grad():
+        traced = torch.jit.trace(packed, torch.zeros(2, IN), check_trace=False)
+        x = torch.randn(2, IN)
+        torch.testing.assert_close(traced(x), plain(packed)(x))
+    assert used == []
+
+
 @pytest.mark.parametrize("quick", [True, False])
 def test_many_tokens_in_bfloat16_are_left_to_torch_where_it_is_faster(
     quick: bool, monkeypatch: pytest.MonkeyPatch, used: list[int]

@@ -158,6 +158,7 @@ def _trellis(codec: Trellis, parts: Parts, shape: Shape) -> Product | None:
         torch.tensor(masks, dtype=torch.int32).numpy(),
         torch.tensor(integers, dtype=torch.int8).numpy(),
         unit / 4096,
+        laid_out=False,
     )
     return product
 
