@@ -188,7 +188,7 @@ class Options:
     def identity(self) -> dict[str, Any]:
         """What an interrupted run must share with the command that continues it."""
         plain = asdict(self)
-        for free in ("workers", "max_memory", "trust_remote_code", "revision", "onnx_accuracy_level"):
+        for free in ("workers", "max_memory", "trust_remote_code", "revision"):
             plain.pop(free)
         return plain
 
