@@ -12,6 +12,7 @@ from torch import Tensor
 from tersor.errors import BadInput, UnknownArchitecture
 from tersor.kernels import step as kernel
 from tersor.runtime.decoding.build import Step, write_step
+from tersor.runtime.decoding.embedding import Embeddings
 from tersor.runtime.decoding.handed import find_handed
 from tersor.runtime.decoding.proof import prove
 from tersor.runtime.decoding.structure import find_structure
@@ -29,7 +30,7 @@ class Decoder:
     """
 
     def __init__(self, model: Any, step: Step, context: int, *, int8: bool = False) -> None:
-        self._embedding = model.get_input_embeddings()
+        self._embeddings = Embeddings(model.get_input_embeddings(), step.hidden.shape[1])
         self._step = step
         self._position = 0
         self.context = context
@@ -89,7 +90,7 @@ class Decoder:
         step = self._step
         for start in range(0, len(ids), CHUNK):
             chunk = ids[start : start + CHUNK]
-            step.hidden[: len(chunk)] = self._embedding(torch.tensor(chunk))
+            self._embeddings.put(chunk, step.hidden[: len(chunk)])
             last = start + len(chunk) == len(ids)
             for stretch in step.stretches if last else step.stretches[: step.head]:
                 if stretch.host is not None:
@@ -106,7 +107,7 @@ class Decoder:
         """Seconds that a step with one token takes, by the kind of operation; the token is forgotten again."""
         step, seconds = self._step, dict.fromkeys(["embedding", *self._step.kinds], 0.0)
         start = perf_counter()
-        step.hidden[:1] = self._embedding(torch.tensor([token]))
+        self._embeddings.put([token], step.hidden[:1])
         seconds["embedding"] = perf_counter() - start
         for stretch in step.stretches:
             if stretch.host is not None:
