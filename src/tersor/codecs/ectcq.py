@@ -165,8 +165,9 @@ class EntropyCodedTrellis(CompositeCodec):
     def decode(self, tensors: Mapping[str, Tensor], shape: Shape) -> Tensor:
         data = tensors["stream"].cpu()
         found, at = layout.read(data, shape)
-        codes = coded.decode_in(data[at:], shape, found.contexts(), self.states)
-        return found.steps.values(codes).to(tensors["stream"].device)
+        steps = found.steps
+        weight = coded.weights_in(data[at:], shape, found.contexts(), self.states, steps.shrink, steps.step())
+        return weight.to(tensors["stream"].device)
 
     def decode_rows(self, tensors: Mapping[str, Tensor], shape: Shape, rows: slice | Tensor) -> Tensor:
         """The whole layer is decoded for any of its rows: a stream can only be read from its beginning."""

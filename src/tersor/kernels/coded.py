@@ -6,6 +6,7 @@ Tensors in and out, one thread; see :mod:`tersor.kernels.reference_rans` and :mo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ except ImportError:
 
 compiled: bool = _coded is not None
 TRELLISES = reference_ectcq.CODES
+FINE_CONTEXTS = 64
+"""The most contexts with which compiled loops make more than numbers."""
+_MOST_NAMES, _FARTHEST_NAME = 65535, 4096 * 256
 
 
 @dataclass(frozen=True)
@@ -113,13 +117,87 @@ def decode(
 
 def decode_in(stream: Tensor, shape: tuple[int, int], contexts: Contexts, states: int) -> Tensor:
     """Grid numbers int32 of ``shape``. Raises ValueError when the stream ends early or a table is not one."""
-    trellis = TRELLISES[states]
     if _coded is None:
         plain, lanes = contexts.plain(shape[0]), contexts.used_lanes()
-        return torch.from_numpy(reference_rans.decode(stream.numpy(), shape, plain, lanes, trellis))
+        return torch.from_numpy(reference_rans.decode(stream.numpy(), shape, plain, lanes, TRELLISES[states]))
     codes = torch.empty(shape, dtype=torch.int32)
-    _coded.decode(stream.contiguous(), *contexts.compiled(shape[0]), *trellis, codes)
+    _stream(stream, shape[0], contexts, states).decode(codes)
     return codes
+
+
+def weights_in(
+    stream: Tensor, shape: tuple[int, int], contexts: Contexts, states: int, shrink: Tensor, step: Tensor
+) -> Tensor:
+    """``step (columns,)`` times numbers moved towards zero, float32 of ``shape``: :func:`decode_in` and more at once.
+
+    A number ``k`` moves by ``shrink[context, min(|k|, 4)]``, whole 256ths below 1; those for 0 are not used.
+    Raises ValueError as :func:`decode_in` does.
+    """
+    if _coded is None or len(contexts.low) > FINE_CONTEXTS:
+        codes = decode_in(stream, shape, contexts, states)
+        return step * _inward(codes, shape, contexts, shrink) / 256
+    weights = torch.empty(shape)
+    _stream(stream, shape[0], contexts, states).values(_fine(shrink), _float(step), weights)
+    return weights
+
+
+def names_in(
+    stream: Tensor, shape: tuple[int, int], contexts: Contexts, states: int, shrink: Tensor
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """What :func:`weights_in` multiplies steps with: the different numbers ``(n,)`` int64 in 256ths, how often each
+    occurs, and of which each weight is, uint16 of ``shape``.
+
+    None where a number is beyond 4096 steps, or where more than 65535 are different.
+    """
+    if _coded is None or len(contexts.low) > FINE_CONTEXTS:
+        fine = _inward(decode_in(stream, shape, contexts, states), shape, contexts, shrink).long()
+        found, place, counts = torch.unique(fine, return_inverse=True, return_counts=True)
+        if len(found) > _MOST_NAMES or (len(found) and int(found.abs().max()) > _FARTHEST_NAME):
+            return None
+        return found, counts, place.to(torch.uint16)
+    names = torch.empty(shape, dtype=torch.uint16)
+    numbers, amounts = _stream(stream, shape[0], contexts, states).names(_fine(shrink), names)
+    if not numbers and names.numel():
+        return None
+    return torch.tensor(numbers, dtype=torch.int64), torch.tensor(amounts, dtype=torch.int64), names
+
+
+def pack_names(names: Tensor, code_of: Tensor, rare: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Names ``(rows, columns)`` uint16 as codes ``code_of (n,)`` of ``bits`` bits (1-8), packed row by row.
+
+    Returns ``(rows, ceil(columns · bits / 8))`` uint8, and where in the flattened weight names are ``rare (n,)`` bool.
+    """
+    if _coded is None:
+        place = names.long()
+        return pack_rows(code_of.long()[place], bits), rare[place].flatten().nonzero()[:, 0]
+    packed = torch.zeros(len(names), -(-names.shape[1] * bits // 8), dtype=torch.uint8)
+    marked = (code_of.long() + 32768 * rare.long()).to(torch.uint16)
+    return packed, torch.tensor(_coded.pack_names(names, marked, bits, packed), dtype=torch.int64)
+
+
+def pack_rows(codes: Tensor, bits: int) -> Tensor:
+    """Codes ``(rows, columns)`` of ``bits`` bits as rows of bytes, lowest bit first."""
+    each = (codes.to(torch.uint8)[:, :, None] >> torch.arange(bits, dtype=torch.uint8)) & 1
+    return torch.from_numpy(np.packbits(each.flatten(1).numpy(), 1, bitorder="little"))
+
+
+def _stream(stream: Tensor, rows: int, contexts: Contexts, states: int) -> Any:
+    row, level, shift, frequency, low, lanes = contexts.compiled(rows)
+    given = stream.contiguous()
+    return _coded.Stream(given, rows, row, level, shift, frequency, low, lanes, *TRELLISES[states])  # type: ignore[union-attr]
+
+
+def _inward(codes: Tensor, shape: tuple[int, int], contexts: Contexts, shrink: Tensor) -> Tensor:
+    """Numbers in 256ths, moved towards zero, float32."""
+    row = torch.zeros(shape[0]) if contexts.row is None else contexts.row
+    kind = (row.long()[:, None] + contexts.level.long() >> contexts.shift).clamp(0, len(contexts.low) - 1)
+    by = torch.round(256 * shrink)[kind, codes.abs().clamp(max=4).long()]
+    return codes.float() * 256 - codes.sign() * by
+
+
+def _fine(shrink: Tensor) -> Tensor:
+    """Shrinkages of sizes 1 to 4 as bytes."""
+    return torch.round(shrink[:, 1:] * 256).to(torch.uint8).contiguous()
 
 
 def _float(tensor: Tensor) -> Tensor:

@@ -5,31 +5,23 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <stdexcept>
 #include <vector>
+
+#include "rans.h"
 
 namespace nb = nanobind;
 
 using MatI = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using VecI = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using CubeI = nb::ndarray<const int32_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
-using OutI = nb::ndarray<int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using OutB = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using VecB = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
-constexpr int SYMBOLS = 32, REACH = 15, TOTAL_BITS = 12, TOTAL = 1 << TOTAL_BITS;
-constexpr size_t LANES = 32;
-constexpr uint64_t LEAST = 1u << 16;
-
-static void require(bool ok, const char* what) {
-    if (!ok) throw std::invalid_argument(what);
-}
+using namespace tersor_rans;
 
 namespace {  // types of this file alone
 
 struct Table {
     int32_t frequency[2][SYMBOLS], before[2][SYMBOLS];
-    uint8_t symbol[2][TOTAL];
     int low;
 };
 
@@ -48,7 +40,6 @@ static std::vector<Table> tables(const CubeI& frequency, const VecI& low) {
                 require(f >= 0 && f <= TOTAL - sum, "frequencies must add up to 4096");
                 table.frequency[u][s] = f;
                 table.before[u][s] = sum;
-                std::fill_n(table.symbol[u] + sum, f, static_cast<uint8_t>(s));
                 sum += f;
             }
             require(sum == TOTAL, "frequencies must add up to 4096");
@@ -56,21 +47,6 @@ static std::vector<Table> tables(const CubeI& frequency, const VecI& low) {
     }
     return result;
 }
-
-// Which table each number is coded with: a row's level and a column's together say it.
-struct Contexts {
-    const int32_t *row, *level;
-    int shift, last;
-    Contexts(const VecI& row, const VecI& level, int shift, size_t rows, size_t columns, size_t count)
-        : row(row.data()), level(level.data()), shift(shift), last(static_cast<int>(count) - 1) {
-        require(row.shape(0) == rows && level.shape(0) == columns && count > 0 && shift >= 0 && shift < 16,
-                "levels must have one entry a row, and one a column");
-        const auto bad = [](int32_t v) { return v < -65536 || v > 65535; };
-        require(!std::any_of(this->row, this->row + rows, bad) && !std::any_of(this->level, this->level + columns, bad),
-                "a level out of range");
-    }
-    int at(size_t r, size_t c) const { return std::clamp((row[r] + level[c]) >> shift, 0, last); }
-};
 
 struct Writer {
     std::vector<uint16_t> words;  // last word of the stream first
@@ -94,7 +70,7 @@ static size_t encode(MatI codes, VecI row, VecI level, int shift, CubeI frequenc
                      OutB stream) {
     const size_t rows = codes.shape(0), columns = codes.shape(1);
     const std::vector<Table> table = tables(frequency, low);
-    const Contexts contexts(row, level, shift, rows, columns, table.size());
+    const Contexts contexts = contexts_of(row, level, shift, rows, columns, table.size());
     require(lanes >= (columns ? 1 : 0) && lanes <= LANES, "there are 1 to 32 lanes");
     nb::gil_scoped_release release;
     std::vector<uint32_t> state(lanes, static_cast<uint32_t>(LEAST));
@@ -135,96 +111,13 @@ static size_t encode(MatI codes, VecI row, VecI level, int shift, CubeI frequenc
     return used;
 }
 
-namespace {
-
-struct Reader {
-    const uint8_t* at;
-    const uint8_t* end;
-    bool ended = false;
-    void refill(uint32_t& x) {
-        if (x >= LEAST) return;
-        if (end - at < 2) {
-            ended = true;
-            return;
-        }
-        x = (x << 16) | at[0] | (static_cast<uint32_t>(at[1]) << 8);
-        at += 2;
-    }
-    uint32_t raw(uint32_t& x, int bits) {
-        const uint32_t slot = x & (TOTAL - 1), shift = TOTAL_BITS - bits, value = slot >> shift;
-        x = (x >> TOTAL_BITS << shift) + (slot & ((1u << shift) - 1));
-        refill(x);
-        return value;
-    }
-};
-
-}  // namespace
-
-static void decode(VecB stream, VecI row, VecI level, int shift, CubeI frequency, VecI low, size_t lanes, int states,
-                   int h0, int h1, OutI codes) {
-    const size_t rows = codes.shape(0), columns = codes.shape(1);
-    const std::vector<Table> table = tables(frequency, low);
-    const Contexts contexts(row, level, shift, rows, columns, table.size());
-    require(lanes >= (columns ? 1 : 0) && lanes <= LANES, "there are 1 to 32 lanes");
-    require(states >= 1 && (states & (states - 1)) == 0, "states must be a power of two");
-    const size_t groups = columns ? (columns + lanes - 1) / lanes : 0;
-    require(stream.shape(0) >= 4 * lanes, "the stream is shorter than its lanes' states");
-    bool ended = false;
-    {
-        nb::gil_scoped_release release;
-        Reader in{stream.data() + 4 * lanes, stream.data() + stream.shape(0)};
-        std::vector<uint32_t> x(lanes);
-        for (size_t l = 0; l < lanes; ++l)
-            for (int i = 0; i < 4; ++i) x[l] |= static_cast<uint32_t>(stream.data()[4 * l + i]) << (8 * i);
-        std::vector<uint32_t> path(columns, 0);
-        int32_t index[LANES];
-        bool escape[LANES];
-        for (size_t r = 0; r < rows && !in.ended; ++r)
-            for (size_t g = 0; g < groups; ++g) {
-                const size_t first = g * lanes, count = std::min(lanes, columns - first);
-                bool escapes = false;
-                for (size_t l = 0; l < count; ++l) {
-                    const Table& t = table[contexts.at(r, first + l)];
-                    const uint32_t u = path[first + l] & 1u, slot = x[l] & (TOTAL - 1);
-                    const int s = t.symbol[u][slot];
-                    x[l] = t.frequency[u][s] * (x[l] >> TOTAL_BITS) + slot - t.before[u][s];
-                    in.refill(x[l]);
-                    escape[l] = s == SYMBOLS - 1;
-                    escapes |= escape[l];
-                    index[l] = s - REACH;
-                }
-                for (size_t l = 0; l < count; ++l) {
-                    const int bits = table[contexts.at(r, first + l)].low;
-                    if (bits && !escape[l]) index[l] = index[l] * (1 << bits) + static_cast<int32_t>(in.raw(x[l], bits));
-                }
-                if (escapes) {
-                    for (size_t l = 0; l < count; ++l)
-                        if (escape[l]) index[l] = static_cast<int32_t>(in.raw(x[l], 8)) << 8;
-                    for (size_t l = 0; l < count; ++l)
-                        if (escape[l]) index[l] = static_cast<int16_t>(index[l] | static_cast<int32_t>(in.raw(x[l], 8)));
-                }
-                for (size_t l = 0; l < count; ++l) {
-                    uint32_t& state = path[first + l];
-                    const uint32_t u = state & 1u;
-                    codes.data()[r * columns + first + l] = 2 * index[l] + static_cast<int32_t>(u);
-                    if (states > 1)
-                        state = (state >> 1) ^ (u ? static_cast<uint32_t>(h0) >> 1 : 0u) ^
-                                (index[l] & 1 ? static_cast<uint32_t>(h1) >> 1 : 0u);
-                }
-            }
-        ended = in.ended;
-    }
-    require(!ended, "the stream ends before its last symbol");
-}
-
 void bind_ectcq(nb::module_& module);
+void bind_decode(nb::module_& module);
 
 NB_MODULE(_coded, module) {
     module.doc() = "Entropy coding and trellis search; see tersor.kernels.reference_rans and reference_ectcq.";
     bind_ectcq(module);
+    bind_decode(module);
     module.def("encode", &encode, nb::arg("codes"), nb::arg("row"), nb::arg("level"), nb::arg("shift"),
                nb::arg("frequency"), nb::arg("low"), nb::arg("lanes"), nb::arg("stream"));
-    module.def("decode", &decode, nb::arg("stream"), nb::arg("row"), nb::arg("level"), nb::arg("shift"),
-               nb::arg("frequency"), nb::arg("low"), nb::arg("lanes"), nb::arg("states"), nb::arg("h0"), nb::arg("h1"),
-               nb::arg("codes"));
 }
