@@ -129,6 +129,18 @@ def test_inputs_of_zeros_and_of_no_numbers(level):
     assert bool(found[0].isfinite().all())
 
 
+@pytest.mark.parametrize("group", [4, 8, 16, 20, 32, 48])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_groups_as_wide_as_what_loops_fetch_scales_for(bits, group):
+    for groups in (3, 24, 37):
+        described = _weight(bits, 9, group * groups, bits, group, "fp16", "middle")
+        weight, x = reference_products.row_codes(**described), _inputs(groups, 6, group * groups)
+        for level in LEVELS:
+            products._products.limit_isa(level)
+            found = products.multiply(products.row_codes(**described), x)
+            assert _close(found, reference_products.product(weight, x), weight, x, 1e-6), (level, groups)
+
+
 def test_the_smallest_and_largest_stored_scales():
     described = _weight(9, 3, 64, 4, 32, "fp16", "middle")
     described["scale"] = torch.tensor([[2.0**-24, 65504.0], [2.0**-15, 1.0], [6e-8, 2.0**-14]]).half()

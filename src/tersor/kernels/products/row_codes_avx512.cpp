@@ -349,8 +349,9 @@ template <class K>
 TERSOR_512 void loop(const RowLayout& layout, const RowInputs& inputs, int64_t first, int64_t last, int64_t token,
                      float* y, int64_t stride) {
     const int64_t columns = 64 * std::max(K::Slices, 1), steps = (layout.columns + columns - 1) / columns;
-    // Where groups divide a step, one fetch of 16 scales lasts for whole steps, and all fetches are alike.
-    const bool alike = columns % layout.group == 0;
+    // Where groups divide a step, one fetch of 16 scales lasts for whole steps, and all fetches are alike. (Fetches that
+    // last for one step only are told apart from those by their number of steps, so they list the lanes of all steps.)
+    const bool alike = columns % layout.group == 0 && 16 * layout.group > columns;
     const int64_t per_fetch = alike ? 16 * layout.group / columns : 1;
     std::vector<int32_t> lanes;
     if (layout.groups > 1 && layout.group % columns != 0) {
