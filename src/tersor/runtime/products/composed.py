@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
-
 import torch
-from torch import Tensor
 
 from tersor.codecs import (
     Coded,
@@ -20,19 +16,13 @@ from tersor.codecs import (
     RowStretches,
     Total,
 )
-from tersor.codecs import ectcq_layout as layout
-from tersor.codecs.ectcq_leaf import COLUMN_ZERO, Steps
 from tersor.codecs.inner import under
 from tersor.codecs.packing import unpack
+from tersor.codecs.run_time_codes import ectcq_run_time
 from tersor.contracts import Codec, Shape
-from tersor.kernels import coded, products, products_composed
+from tersor.kernels import products, products_composed
 from tersor.kernels.products import Product
 from tersor.runtime.products.table import Parts, makes, product_of
-
-_PIECE = 1 << 22
-_COARSEST = 0.125
-"""The largest step of 8 bits, in steps of a trellis, that numbers of a stream are kept with. Its square over 12 is half
-a percent of the squared error that the trellis itself makes, about a quarter of a squared step."""
 
 
 @makes(Rotated)
@@ -112,40 +102,15 @@ def _coded(codec: Coded, parts: Parts, shape: Shape) -> Product | None:
 
 
 @makes(EntropyCodedTrellis)
-def _stream(codec: EntropyCodedTrellis, parts: Parts, shape: Shape) -> Product | None:
-    """Numbers become codes of 8 bits where that loses little beside the trellis itself, else bfloat16 values.
-
-    Values are ``step[c] · v[r, c]``, and ``v`` a grid number that is drawn towards zero by as much as its context says.
-    A row of ``v`` is rounded to ``max |v| / 127``: an error of at most half of that, times the column's step.
-    """
-    data = parts["stream"]
-    found, at = layout.read(data, shape)
-    steps = found.steps
-    codes = coded.decode_in(data[at:], shape, found.contexts(), codec.states)
-    most = torch.cat([v.abs().amax(1, keepdim=True) for _, v in _values(codes, _unscaled(steps))])
-    # Rounded up, so that no value lies beyond 127; subnormal scales would be coarse.
-    scale = (most / 127 * (1 + 2.0**-10)).clamp(2.0**-14, 65504.0).to(torch.float16)
-    if float(scale.float().square().mean()) > _COARSEST**2:
-        weight = torch.empty(shape, dtype=torch.bfloat16)
-        for here, values in _values(codes, steps):
-            weight[here] = values
-        return products_composed.dense(weight)
-    stored = torch.empty(shape, dtype=torch.uint8)
-    for here, v in _values(codes, _unscaled(steps)):
-        stored[here] = (torch.round(v / scale[here].float()).clamp(-127, 127) + 128).to(torch.uint8)
-    inner = products.row_codes(stored, bits=8, columns=shape[1], group=None, scale=scale, middle=128.0)
-    return products_composed.scaled(inner, steps.step())
-
-
-def _unscaled(steps: Steps) -> Steps:
-    """The same numbers with steps of 1."""
-    column = torch.full_like(steps.column, COLUMN_ZERO)
-    return replace(steps, column=column, scale=torch.ones_like(steps.scale))
-
-
-def _values(codes: Tensor, steps: Steps) -> Iterator[tuple[slice, Tensor]]:
-    """Values of stretches of rows."""
-    count = max(_PIECE // codes.shape[1], 1)
-    for start in range(0, len(codes), count):
-        here = slice(start, start + count)
-        yield here, replace(steps, row=steps.row[here]).values(codes[here])
+def _stream(codec: EntropyCodedTrellis, parts: Parts, shape: Shape) -> Product:
+    """A table of values and a list of the few that it does not have, or bfloat16 values where that would be no less."""
+    found = ectcq_run_time(codec, parts, shape)
+    if found is None:
+        return products_composed.dense(codec.decode(parts, shape).to(torch.bfloat16))
+    product = products.row_codes(
+        found.codes, bits=found.bits, columns=shape[1], group=None, scale=None, table=found.table[None]
+    )
+    if len(found.value):
+        rest = products_composed.sparse(found.value, found.column, found.start, shape[1])
+        product = products_composed.total([product, rest])
+    return products_composed.scaled(product, found.step)
