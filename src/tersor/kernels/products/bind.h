@@ -22,5 +22,6 @@ void bind_row_codes(nb::module_& module);
 void bind_step(nb::module_& module);
 void bind_dense(nb::module_& module);
 void bind_compose(nb::module_& module);
+void bind_trellis(nb::module_& module);
 
 }  // namespace tersor

@@ -92,4 +92,5 @@ NB_MODULE(_products, module) {
     bind_step(module);
     bind_dense(module);
     bind_compose(module);
+    bind_trellis(module);
 }

@@ -1,0 +1,417 @@
+// Trellis codes with 512-bit vectors: 64 weights, 16 rows of 4 columns, take two or three vgf2p8affineqb, the exclusive
+// ors between them, a permutation as the table, and a vpdpbusd for each plane of the inputs.
+#include "trellis_product.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstring>
+
+#define TERSOR_512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni,gfni")))
+#define TERSOR_512_INLINE TERSOR_512 inline __attribute__((always_inline))
+
+namespace tersor::trellis {
+namespace {
+
+// Sums of 32 bits: [token][plane][place].
+constexpr int SUMS = 2 * TILE;
+
+template <int Bits>
+constexpr int VECTORS = Bits < 3 ? 1 : Bits == 3 ? 2 : 4;  // of the table
+
+TERSOR_512_INLINE int32_t load_word(const void* from) {
+    int32_t word;
+    std::memcpy(&word, from, 4);
+    return word;
+}
+
+TERSOR_512_INLINE __m128i load_16(const uint8_t* from) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+}
+
+TERSOR_512_INLINE __m256i load_32(const uint8_t* from) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+}
+
+// Where the bytes of a block come from: streams as they are stored, of which the first block takes its ring's end into
+// account, or interleaved ones.
+enum class Source { stored_first, stored, laid_out };
+
+// The block of four columns.
+struct Streams {
+    const uint8_t* from;  // stored: its first byte; laid out: the words before it
+    int64_t step;         // from one group of columns to the next
+    int64_t stride;       // stored: from one column to the next; laid out: from one byte of units to the next
+    int64_t tail;         // stored_first: from the first byte to the last 16 of the ring
+};
+
+// The streams from 16 bytes before a block on. One and two bytes a vector: 32 bytes of one column, and of the next;
+// three bytes: 64 bytes of each.
+template <int Bits, Source From>
+TERSOR_512_INLINE __m512i columns_of(const Streams& s, int i) {
+    if constexpr (unit_bytes(Bits) == 1) {
+        const uint8_t *one = s.from + 2 * i * s.stride, *two = one + s.stride;
+        if constexpr (From == Source::stored_first) {
+            __m512i v = _mm512_castsi128_si512(load_16(one + s.tail));
+            v = _mm512_mask_broadcast_i32x4(v, 0x00f0, load_16(one));
+            v = _mm512_mask_broadcast_i32x4(v, 0x0f00, load_16(two + s.tail));
+            return _mm512_mask_broadcast_i32x4(v, 0xf000, load_16(two));
+        }
+        return _mm512_mask_broadcast_i64x4(_mm512_castsi256_si512(load_32(one - 16)), 0xf0, load_32(two - 16));
+    } else {
+        const uint8_t* one = s.from + i * s.stride;
+        if constexpr (From == Source::stored_first)
+            return _mm512_mask_loadu_epi32(_mm512_broadcast_i32x4(load_16(one + s.tail)), 0xfff0, one - 16);
+        return _mm512_loadu_si512(one - 16);
+    }
+}
+
+// How one byte of 16 units, of four columns, comes out of those vectors: word u is byte `byte` of unit u, counted from
+// its first.
+struct Order {
+    alignas(64) uint8_t from[64];
+
+    constexpr Order(int unit, int byte) : from{} {
+        for (int i = 0; i < 64; ++i) {
+            const int column = i % 4, place = 16 + i / 4 * unit + byte;
+            from[i] = static_cast<uint8_t>(unit == 1 ? column * 32 + place : column % 2 * 64 + place);
+        }
+    }
+};
+template <int Bits, int Byte>
+constexpr Order ORDER{unit_bytes(Bits), Byte};
+
+// Bytes `first` and up of 16 units, of four columns.
+template <int Bits, int Window>
+struct Bytes {
+    static constexpr int first = first_byte(Bits, Window, 0), count = unit_bytes(Bits) - first;
+    __m512i at[count];
+
+    template <Source From>
+    TERSOR_512_INLINE void load(const Streams& s) {
+        if constexpr (From == Source::laid_out) {
+#pragma GCC unroll 5
+            for (int k = 0; k < count; ++k) {
+                const int unit = floor_div(first + k, unit_bytes(Bits)), j = first + k - unit * unit_bytes(Bits);
+                at[k] = _mm512_loadu_si512(s.from + j * s.stride + 8 + 4 * unit);
+            }
+        } else {
+            constexpr int N = unit_bytes(Bits) == 1 ? 2 : 4;
+            __m512i columns[N];
+#pragma GCC unroll 4
+            for (int i = 0; i < N; ++i) columns[i] = columns_of<Bits, From>(s, i);
+            at[0] = pick<first>(columns);
+            at[1] = pick<first + 1>(columns);
+            if constexpr (count > 2) at[2] = pick<first + 2>(columns);
+            if constexpr (count > 3) at[3] = pick<first + 3>(columns);
+            if constexpr (count > 4) at[4] = pick<first + 4>(columns);
+        }
+    }
+
+    template <int Byte>
+    static TERSOR_512_INLINE __m512i pick(const __m512i* columns) {
+        const __m512i order = _mm512_load_si512(ORDER<Bits, Byte>.from);
+        const __m512i v = _mm512_permutex2var_epi8(columns[0], order, columns[1]);
+        if constexpr (unit_bytes(Bits) == 1) return v;
+        return _mm512_mask_blend_epi16(0xaaaaaaaa, v, _mm512_permutex2var_epi8(columns[2], order, columns[3]));
+    }
+};
+
+// The values of 64 indices, plus 128.
+template <int Bits>
+struct Table {
+    __m512i part[VECTORS<Bits>];
+
+    TERSOR_512_INLINE explicit Table(const Code& code) {
+        for (int i = 0; i < VECTORS<Bits>; ++i) part[i] = _mm512_load_si512(code.raised + 64 * i);
+    }
+    TERSOR_512_INLINE __m512i at(__m512i index) const {
+        if constexpr (VECTORS<Bits> == 1) {
+            return _mm512_permutexvar_epi8(index, part[0]);
+        } else if constexpr (VECTORS<Bits> == 2) {
+            return _mm512_permutex2var_epi8(part[0], index, part[1]);
+        } else {
+            const __m512i low = _mm512_permutex2var_epi8(part[0], index, part[1]);
+            const __m512i high = _mm512_permutex2var_epi8(part[2], index, part[3]);
+            // A shuffle instead of a mask: the unit that makes masks is the one that maps and multiplies.
+            const __m512i is_low = _mm512_shuffle_epi8(_mm512_set1_epi8(-1), index);
+            return _mm512_ternarylogic_epi64(is_low, low, high, 0xca);
+        }
+    }
+};
+
+// Values of row I of 16 units, of four columns. The maps are read from memory each time: in registers there would be no
+// room for sums.
+template <int Bits, int Window, int I>
+TERSOR_512_INLINE __m512i decode(const Bytes<Bits, Window>& bytes, const uint64_t (*matrix)[TERMS],
+                                 const Table<Bits>& table) {
+    constexpr int first = first_byte(Bits, Window, I), count = last_byte(Bits, I) - first + 1;
+    static_assert(count <= TERMS, "a window reaches into more bytes than there are maps");
+    __m512i share[count];
+#pragma GCC unroll 3
+    for (int k = 0; k < count; ++k)
+        share[k] = _mm512_gf2p8affine_epi64_epi8(bytes.at[first - bytes.first + k],
+                                                 _mm512_set1_epi64(static_cast<int64_t>(matrix[I][k])), 0);
+    if constexpr (count == 1) return table.at(share[0]);
+    if constexpr (count == 2) return table.at(_mm512_xor_si512(share[0], share[1]));
+    if constexpr (count == 3) return table.at(_mm512_ternarylogic_epi64(share[0], share[1], share[2], 0x96));
+}
+
+// sums += products of bytes, four at a time. Not the intrinsic: of that GCC 12 makes two more moves in a loop.
+TERSOR_512_INLINE void add_products_of(__m512i& sums, __m512i values, __m512i x) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(values), "v"(x));
+}
+
+template <int Rows, int Planes, int Tokens>
+struct Sums {
+    __m512i at[Tokens][Planes][Rows];
+
+    TERSOR_512_INLINE explicit Sums(const int32_t* from) {
+#pragma GCC unroll 8
+        for (int t = 0; t < Tokens; ++t)
+#pragma GCC unroll 2
+            for (int p = 0; p < Planes; ++p)
+#pragma GCC unroll 8
+                for (int i = 0; i < Rows; ++i) at[t][p][i] = _mm512_load_si512(from + t * SUMS + p * TILE + i * BLOCK);
+    }
+    TERSOR_512_INLINE void store(int32_t* to) const {
+#pragma GCC unroll 8
+        for (int t = 0; t < Tokens; ++t)
+#pragma GCC unroll 2
+            for (int p = 0; p < Planes; ++p)
+#pragma GCC unroll 8
+                for (int i = 0; i < Rows; ++i) _mm512_store_si512(to + t * SUMS + p * TILE + i * BLOCK, at[t][p][i]);
+    }
+    TERSOR_512_INLINE void add(int i, __m512i values, const int8_t* const (*x)[2], int64_t column) {
+#pragma GCC unroll 8
+        for (int t = 0; t < Tokens; ++t)
+#pragma GCC unroll 2
+            for (int p = 0; p < Planes; ++p)
+                add_products_of(at[t][p][i], values, _mm512_set1_epi32(load_word(x[t][p] + column)));
+    }
+};
+
+// A block of `groups` groups of four columns, and 64 bytes a group that will be needed next.
+struct Block {
+    Streams streams;
+    int groups;
+    const uint8_t* ahead;
+
+    TERSOR_512_INLINE void next() {
+        streams.from += streams.step;
+        ahead += 64;
+    }
+};
+
+// A block times `Tokens` tokens.
+template <int Bits, int Window, int Planes, int Tokens, Source From>
+TERSOR_512 void fused(Block block, const Code& code, const int8_t* const (*inputs)[2], int32_t* sums) {
+    constexpr int R = unit_rows(Bits);
+    const Table<Bits> table(code);
+    const uint64_t(*matrix)[TERMS] = code.matrix;
+    const int8_t* x[Tokens][2];
+    for (int t = 0; t < Tokens; ++t)
+        for (int p = 0; p < Planes; ++p) x[t][p] = inputs[t][p];
+    Sums<R, Planes, Tokens> all(sums);
+    Bytes<Bits, Window> bytes;
+    // Stored streams take long to come: a group ahead.
+    constexpr bool early = From != Source::laid_out;
+    if constexpr (early) bytes.template load<From>(block.streams);
+    for (int g = 0; g < block.groups; ++g) {
+        _mm_prefetch(reinterpret_cast<const char*>(block.ahead), _MM_HINT_T0);
+        asm("" : "+r"(matrix));
+        if constexpr (!early) bytes.template load<From>(block.streams);
+        const Bytes<Bits, Window> now = bytes;
+        if (g + 1 < block.groups) block.next();
+        if constexpr (early) bytes.template load<From>(block.streams);
+        all.add(0, decode<Bits, Window, 0>(now, matrix, table), x, 4 * g);
+        all.add(1, decode<Bits, Window, 1>(now, matrix, table), x, 4 * g);
+        if constexpr (R > 2) {
+            all.add(2, decode<Bits, Window, 2>(now, matrix, table), x, 4 * g);
+            all.add(3, decode<Bits, Window, 3>(now, matrix, table), x, 4 * g);
+        }
+        if constexpr (R > 4) {
+            all.add(4, decode<Bits, Window, 4>(now, matrix, table), x, 4 * g);
+            all.add(5, decode<Bits, Window, 5>(now, matrix, table), x, 4 * g);
+            all.add(6, decode<Bits, Window, 6>(now, matrix, table), x, 4 * g);
+            all.add(7, decode<Bits, Window, 7>(now, matrix, table), x, 4 * g);
+        }
+    }
+    all.store(sums);
+}
+
+// For more tokens: values are decoded once, to (groups, rows of a unit, 64).
+template <int Bits, int Window, Source From>
+TERSOR_512 void decode_block(Block block, const Code& code, uint8_t* to) {
+    constexpr int R = unit_rows(Bits);
+    const Table<Bits> table(code);
+    const uint64_t(*matrix)[TERMS] = code.matrix;
+    Bytes<Bits, Window> bytes;
+    for (int g = 0; g < block.groups; ++g, block.next(), to += 64 * R) {
+        _mm_prefetch(reinterpret_cast<const char*>(block.ahead), _MM_HINT_T0);
+        asm("" : "+r"(matrix));
+        bytes.template load<From>(block.streams);
+        _mm512_store_si512(to, decode<Bits, Window, 0>(bytes, matrix, table));
+        _mm512_store_si512(to + 64, decode<Bits, Window, 1>(bytes, matrix, table));
+        if constexpr (R > 2) {
+            _mm512_store_si512(to + 128, decode<Bits, Window, 2>(bytes, matrix, table));
+            _mm512_store_si512(to + 192, decode<Bits, Window, 3>(bytes, matrix, table));
+        }
+        if constexpr (R > 4) {
+            _mm512_store_si512(to + 256, decode<Bits, Window, 4>(bytes, matrix, table));
+            _mm512_store_si512(to + 320, decode<Bits, Window, 5>(bytes, matrix, table));
+            _mm512_store_si512(to + 384, decode<Bits, Window, 6>(bytes, matrix, table));
+            _mm512_store_si512(to + 448, decode<Bits, Window, 7>(bytes, matrix, table));
+        }
+    }
+}
+
+template <int Bits, int Planes, int Tokens>
+TERSOR_512 void multiply(const uint8_t* values, int groups, const int8_t* const (*inputs)[2], int32_t* sums) {
+    constexpr int R = unit_rows(Bits), ROWS = R < 4 ? R : 4;
+    const int8_t* x[Tokens][2];
+    for (int t = 0; t < Tokens; ++t)
+        for (int p = 0; p < Planes; ++p) x[t][p] = inputs[t][p];
+    for (int i = 0; i < R; i += ROWS) {
+        Sums<ROWS, Planes, Tokens> all(sums + i * BLOCK);
+        const uint8_t* from = values + 64 * i;
+        for (int g = 0; g < groups; ++g, from += 64 * R) {
+#pragma GCC unroll 4
+            for (int k = 0; k < ROWS; ++k) all.add(k, _mm512_load_si512(from + 64 * k), x, 4 * g);
+        }
+        all.store(sums + i * BLOCK);
+    }
+}
+
+template <int Bits, int Window, int Planes, Source From>
+TERSOR_512 void times(const Block& block, const Code& code, const int8_t* const (*x)[2], int tokens, int32_t* sums) {
+    if (tokens == 1) return fused<Bits, Window, Planes, 1, From>(block, code, x, sums);
+    if constexpr (unit_rows(Bits) <= 4) {
+        if (tokens == 2) return fused<Bits, Window, Planes, 2, From>(block, code, x, sums);
+    }
+    alignas(64) uint8_t values[CHUNK / 4 * unit_rows(Bits) * 64];
+    decode_block<Bits, Window, From>(block, code, values);
+    int t = 0;
+    if constexpr (unit_rows(Bits) == 2) {
+        for (; t + 4 <= tokens; t += 4) multiply<Bits, Planes, 4>(values, block.groups, x + t, sums + t * SUMS);
+    }
+    for (; t + 2 <= tokens; t += 2) multiply<Bits, Planes, 2>(values, block.groups, x + t, sums + t * SUMS);
+    for (; t < tokens; ++t) multiply<Bits, Planes, 1>(values, block.groups, x + t, sums + t * SUMS);
+}
+
+// 128 times the sum of the integers that stand for columns [first, last): what the table is too high by.
+int64_t excess(const Inputs& inputs, int64_t token, int64_t first, int64_t last) {
+    const int8_t* high = inputs.planes->high_of(token);
+    int32_t sum = 0, low_sum = 0;
+    for (int64_t c = first; c < last; ++c) sum += high[c];
+    if (!inputs.planes->two_planes) return 128 * int64_t{sum};
+    const int8_t* low = inputs.planes->low_of(token);
+    for (int64_t c = first; c < last; ++c) low_sum += low[c];
+    return 128 * (256 * int64_t{sum} + low_sum);
+}
+
+// All blocks of some groups of columns, from column `c` on. `block`: the first.
+template <int Bits, int Window, int Planes>
+TERSOR_512 void all_blocks(const Code& code, Block block, int units, bool laid_out, const Inputs& inputs, int64_t c,
+                           int32_t* sums) {
+    constexpr int R = unit_rows(Bits), J = unit_bytes(Bits);
+    const int8_t* x[TOKENS][2];
+    for (int t = 0; t < inputs.tokens; ++t) {
+        x[t][0] = inputs.planes->high_of(inputs.first + t) + c;
+        if constexpr (Planes == 2) x[t][1] = inputs.planes->low_of(inputs.first + t) + c;
+    }
+    for (int u = 0; u < units; u += BLOCK, sums += R * BLOCK) {
+        if (laid_out) {
+            times<Bits, Window, Planes, Source::laid_out>(block, code, x, inputs.tokens, sums);
+        } else if (u == 0) {
+            times<Bits, Window, Planes, Source::stored_first>(block, code, x, inputs.tokens, sums);
+        } else {
+            times<Bits, Window, Planes, Source::stored>(block, code, x, inputs.tokens, sums);
+        }
+        block.streams.from += laid_out ? 64 : BLOCK * J;
+        block.ahead += 64 * block.groups;
+    }
+}
+
+template <int Bits, int Window, int Planes>
+TERSOR_512 void add_products(const Code& code, const Tile& tile, int64_t first, int64_t last, const Inputs& inputs,
+                             int64_t* sums) {
+    constexpr int R = unit_rows(Bits), J = unit_bytes(Bits);
+    alignas(64) int32_t parts[TOKENS * SUMS];
+    alignas(64) uint8_t spare[4 * SPARE];
+    std::memset(parts, 0, sizeof(int32_t) * SUMS * inputs.tokens);
+    const int units = tile.rows / R, blocks = (units + BLOCK - 1) / BLOCK, room = blocks * BLOCK * J;
+    const int64_t plane = plane_of(units), tail = units * J - 16;
+    for (int64_t c = first; c < last; c += CHUNK) {
+        if (tile.laid_out != nullptr) {
+            const int groups = static_cast<int>((std::min<int64_t>(CHUNK, last - c) + 3) / 4);
+            const uint8_t* from = tile.laid_out + c / 4 * J * plane;
+            const Block block{{from, J * plane, plane, 0}, groups, from + groups * J * plane};
+            all_blocks<Bits, Window, Planes>(code, block, units, true, inputs, c, parts);
+            continue;
+        }
+        int groups = static_cast<int>(std::min<int64_t>(CHUNK, last - c) / 4);
+        while (groups > 0 && !in_place(tile, c, last, groups, units * J, room)) --groups;
+        if (groups > 0) {
+            const uint8_t* from = tile.codes + c * tile.stride;
+            const Block block{{from, 4 * tile.stride, tile.stride, tail}, groups, from + CHUNK * tile.stride};
+            all_blocks<Bits, Window, Planes>(code, block, units, false, inputs, c, parts);
+        }
+        for (int64_t rest = c + 4 * groups; rest < std::min(c + CHUNK, last); rest += 4) {
+            const uint8_t* from = copy_columns(tile, rest, last, units * J, spare);
+            const Block block{{from, 0, SPARE, tail}, 1, from};
+            all_blocks<Bits, Window, Planes>(code, block, units, false, inputs, rest, parts);
+        }
+    }
+    for (int t = 0; t < inputs.tokens; ++t) {
+        const int64_t over = excess(inputs, inputs.first + t, first, last);
+        for (int i = 0; i < blocks * R * BLOCK; ++i) {
+            const int64_t high = parts[t * SUMS + i];
+            sums[t * TILE + i] += (Planes == 2 ? 256 * high + parts[t * SUMS + TILE + i] : high) - over;
+        }
+    }
+}
+
+template <int Bits, int Window>
+void loop(const Code& code, const Tile& tile, int64_t first, int64_t last, const Inputs& inputs, int64_t* sums) {
+    if (inputs.planes->two_planes) {
+        add_products<Bits, Window, 2>(code, tile, first, last, inputs, sums);
+    } else {
+        add_products<Bits, Window, 1>(code, tile, first, last, inputs, sums);
+    }
+}
+
+template <int Bits>
+Loop of_window(int window) {
+    switch (window) {
+        case 8: return loop<Bits, 8>;
+        case 10: return loop<Bits, 10>;
+        case 12: return loop<Bits, 12>;
+        case 14: return loop<Bits, 14>;
+        case 16: return Bits < 3 ? loop<Bits, Bits < 3 ? 16 : 8> : nullptr;
+        default: return nullptr;
+    }
+}
+
+}  // namespace
+
+Loop avx512(int bits, int window) {
+    switch (bits) {
+        case 1: return of_window<1>(window);
+        case 2: return of_window<2>(window);
+        case 3: return of_window<3>(window);
+        case 4: return of_window<4>(window);
+        default: return nullptr;
+    }
+}
+
+}  // namespace tersor::trellis
+
+#else
+
+namespace tersor::trellis {
+Loop avx512(int, int) { return nullptr; }
+}  // namespace tersor::trellis
+
+#endif

@@ -1,0 +1,132 @@
+// The tables of a trellis code, and the loops that work anywhere: from state to state, row by row.
+#include <algorithm>
+#include <cstring>
+
+#include "trellis_product.h"
+
+namespace tersor::trellis {
+namespace {
+
+int parity(uint32_t bits) {
+    int sum = 0;
+    for (; bits != 0; bits &= bits - 1) sum ^= 1;
+    return sum;
+}
+
+// Bits of the index that bit `bit` of a stream is added to, for the window of the row whose bits begin at `row * bits`.
+int reached(const Code& code, const int32_t* masks, int index_bits, int row, int bit) {
+    const int age = row - floor_div(bit, code.bits);
+    const int of_state = age * code.bits + bit - floor_div(bit, code.bits) * code.bits;
+    if (age < 0 || of_state >= code.window) return 0;
+    int index = 0;
+    for (int i = 0; i < index_bits; ++i) index = 2 * index + (masks[i] >> of_state & 1);
+    return index;
+}
+
+}  // namespace
+
+Code::Code(int bits, int window, const int32_t* masks, int index_bits, const int8_t* integers)
+    : bits(bits), window(window), states(size_t{1} << window), matrix{}, nibbles{}, entries(1 << index_bits) {
+    for (int state = 0; state < 1 << window; ++state) {
+        int index = 0;
+        for (int i = 0; i < index_bits; ++i) index = 2 * index + parity(static_cast<uint32_t>(masks[i] & state));
+        states[state] = integers[index];
+    }
+    for (int i = 0; i < 256; ++i) {
+        const int8_t value = integers[i % entries];
+        raised[i] = static_cast<uint8_t>(value + 128);
+        steps[i] = i % 128 < 16 ? value : static_cast<int8_t>(value ^ integers[(i - 16) % entries]);
+    }
+    for (int row = 0; row < unit_rows(bits); ++row) {
+        const int first = first_byte(bits, window, row);
+        for (int k = 0; k <= last_byte(bits, row) - first && k < TERMS; ++k) {
+            for (int bit = 0; bit < 8; ++bit) {
+                const int index = reached(*this, masks, index_bits, row, 8 * (first + k) + bit);
+                // Byte 7 - i of the matrix says which bits are added to bit i of the result.
+                for (int i = 0; i < 8; ++i) matrix[row][k] |= uint64_t(index >> i & 1) << (8 * (7 - i) + bit);
+            }
+        }
+        const int nibble = first_nibble(bits, window, row);
+        for (int k = 0; k <= last_nibble(bits, row) - nibble && k < 2 * TERMS; ++k) {
+            for (int bit = 0; bit < 4; ++bit) {
+                const int index = reached(*this, masks, index_bits, row, 4 * (nibble + k) + bit);
+                for (int i = 0; i < 16; ++i) nibbles[row][k][i] ^= static_cast<uint8_t>(i >> bit & 1 ? index : 0);
+            }
+        }
+    }
+}
+
+bool in_place(const Tile& tile, int64_t column, int64_t last, int64_t groups, int bytes, int room) {
+    const int64_t end = column + 4 * groups;
+    return bytes >= 16 && end <= last && tile.end - tile.codes >= (end - 1) * tile.stride + room;
+}
+
+const uint8_t* copy_columns(const Tile& tile, int64_t column, int64_t last, int bytes, uint8_t* spare) {
+    std::memset(spare, 0, 4 * SPARE);
+    const int64_t count = std::min<int64_t>(4, last - column);
+    for (int64_t c = 0; c < count; ++c) {
+        uint8_t* to = spare + 16 + c * SPARE;
+        std::memcpy(to, tile.codes + (column + c) * tile.stride, bytes);
+        to[-1] = to[bytes - 1];
+        to[-2] = to[bytes > 1 ? bytes - 2 : 0];
+    }
+    return spare + 16;
+}
+
+void lay_out(const uint8_t* codes, int64_t stride, int64_t columns, int unit_bytes, int units, uint8_t* to) {
+    const int64_t plane = plane_of(units);
+    for (int64_t first = 0; first < columns; first += 4) {
+        for (int j = 0; j < unit_bytes; ++j, to += plane) {
+            for (int c = 0; c < 4; ++c) {
+                const uint8_t* stream = codes + (first + c) * stride + j;
+                for (int u = 0; u < units; ++u) to[8 + 4 * u + c] = first + c < columns ? stream[u * unit_bytes] : 0;
+            }
+            if (units == 0) continue;
+            std::memcpy(to + 4, to + 8 + 4 * (units - 1), 4);
+            std::memcpy(to, to + 8 + 4 * (units > 1 ? units - 2 : 0), 4);
+        }
+    }
+}
+
+namespace {
+
+// The rows of one column, before scales.
+void decode_column(const Code& code, const uint8_t* stream, int rows, int8_t* values) {
+    const uint32_t newest = (1u << code.bits) - 1, all = (1u << code.window) - 1;
+    const auto code_at = [&](int row) {
+        const int bit = row * code.bits, shift = bit % 8;
+        uint32_t found = stream[bit / 8] >> shift;
+        if (shift + code.bits > 8) found |= static_cast<uint32_t>(stream[bit / 8 + 1]) << (8 - shift);
+        return found & newest;
+    };
+    uint32_t state = 0;
+    for (int age = (code.window - 1) / code.bits; age > 0; --age)
+        state = state << code.bits | code_at(((-age) % rows + rows) % rows);
+    for (int row = 0; row < rows; ++row) {
+        state = (state << code.bits | code_at(row)) & all;
+        values[row] = code.states[state];
+    }
+}
+
+}  // namespace
+
+void portable(const Code& code, const Tile& tile, int64_t first, int64_t last, const Inputs& inputs, int64_t* sums) {
+    constexpr int64_t COUNT = 64;  // columns at a time
+    int8_t values[COUNT * TILE];
+    for (int64_t c = first; c < last; c += COUNT) {
+        const int64_t count = std::min(COUNT, last - c);
+        for (int64_t k = 0; k < count; ++k)
+            decode_column(code, tile.codes + (c + k) * tile.stride, tile.rows, values + k * TILE);
+        for (int t = 0; t < inputs.tokens; ++t) {
+            const int16_t* x = inputs.joined + (inputs.first + t) * inputs.planes->width + c;
+            int32_t parts[TILE] = {};
+            for (int64_t k = 0; k < count; ++k) {
+                const int32_t factor = x[k];
+                for (int row = 0; row < tile.rows; ++row) parts[row] += factor * values[k * TILE + row];
+            }
+            for (int row = 0; row < tile.rows; ++row) sums[t * TILE + row] += parts[row];
+        }
+    }
+}
+
+}  // namespace tersor::trellis
