@@ -16,7 +16,7 @@ from tersor.contracts import Codec, LeafCodec
 from tersor.kernels import products
 from tersor.runtime import products as runtime_products
 from tersor.runtime.packed import Packed, PackedLinear, TiedLinear, adopt
-from tersor.runtime.products import decoded_only
+from tersor.runtime.products import decoded_only, input_bits
 from tersor.solvers import Encoder, Nearest
 
 pytestmark = pytest.mark.skipif(not products.available, reason="nothing was compiled")
@@ -73,6 +73,18 @@ def test_a_linear_layer_uses_its_product(text: str, bias: bool, dtype: torch.dty
     with decoded_only():
         torch.testing.assert_close(packed(x.float()), wanted)
     assert used == [6]
+
+
+def test_inputs_are_rounded_to_eight_bits_on_request(used: list[int]) -> None:
+    packed = linear("int4:g32")
+    x = torch.randn(4, IN)
+    wanted, fine = plain(packed)(x), packed(x)
+    with input_bits(8):
+        coarse = packed(x)
+    assert torch.equal(packed(x), fine)
+    assert used == [4, 4, 4]
+    off = (coarse - wanted).norm() / wanted.norm()
+    assert 10 * (fine - wanted).norm() / wanted.norm() < off < 0.02
 
 
 def test_inputs_that_are_not_contiguous(used: list[int]) -> None:

@@ -5,7 +5,7 @@ without one, or a shape that its product does not take, is decoded tile by tile 
 """
 
 from tersor.runtime.products import composed, leaves
-from tersor.runtime.products.held import HeldProduct, decoded_only, multiplied, takes
+from tersor.runtime.products.held import HeldProduct, decoded_only, input_bits, multiplied, takes
 from tersor.runtime.products.table import product_of
 
-__all__ = ["HeldProduct", "composed", "decoded_only", "leaves", "multiplied", "product_of", "takes"]
+__all__ = ["HeldProduct", "composed", "decoded_only", "input_bits", "leaves", "multiplied", "product_of", "takes"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Literal
 from weakref import ref
 
 import torch
@@ -28,6 +29,7 @@ class _Switch:
     """One for the process, so that threads which a model is run in find it as it was set."""
 
     on = True
+    bits = 16
 
 
 @contextmanager
@@ -38,6 +40,19 @@ def decoded_only() -> Iterator[None]:
         yield
     finally:
         _Switch.on = before
+
+
+@contextmanager
+def input_bits(bits: Literal[8, 16]) -> Iterator[None]:
+    """While this is open, inputs of products with integer codes are rounded to so many bits: 16 unless told otherwise.
+
+    With 8 an input moves by up to 1/254 of the greatest of its token, and large layers take less time.
+    """
+    before, _Switch.bits = _Switch.bits, bits
+    try:
+        yield
+    finally:
+        _Switch.bits = before
 
 
 class HeldProduct:
@@ -98,7 +113,7 @@ def _multiplies_bfloat16() -> bool:
 
 def multiplied(product: Product, x: Tensor, bias: Tensor | None) -> Tensor:
     """``x (tokens, in)`` times the weight, plus ``bias (out,)``: computed in float32, in the dtype of ``x``."""
-    y = products.multiply(product, x if x.dtype == torch.float32 else x.float())
+    y = products.multiply(product, x if x.dtype == torch.float32 else x.float(), bits=_Switch.bits)
     if bias is not None:
         y += bias.detach()
     return y if x.dtype == torch.float32 else y.to(x.dtype)

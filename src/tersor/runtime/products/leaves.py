@@ -23,8 +23,9 @@ from tersor.codecs import (
 from tersor.codecs.packing import pack, unpack
 from tersor.codecs.trellis_tables import TABLES
 from tersor.contracts import Shape
-from tersor.kernels import products, products_composed
+from tersor.kernels import products, products_composed, products_trellis
 from tersor.kernels.products import Product
+from tersor.kernels.products_trellis import TrellisCode
 from tersor.runtime.products.table import Parts, makes
 
 _STEP = 4
@@ -144,23 +145,15 @@ def _pieces(shape: Shape) -> list[slice]:
 
 
 @makes(Trellis)
-def _trellis(codec: Trellis, parts: Parts, shape: Shape) -> Product | None:
-    make = getattr(products_composed._products, "trellis", None)  # type: ignore[attr-defined]
-    if make is None:
-        return None
-    masks, unit, integers = TABLES[codec.bits_per_code, codec.window]
-    product: Product = make(
-        parts["codes"].contiguous().numpy(),
-        parts["scale"][:, 0].float().contiguous().numpy(),
-        codec.tile(shape[0]),
-        codec.bits_per_code,
-        codec.window,
-        torch.tensor(masks, dtype=torch.int32).numpy(),
-        torch.tensor(integers, dtype=torch.int8).numpy(),
-        unit / 4096,
-        laid_out=False,
-    )
-    return product
+def _trellis(codec: Trellis, parts: Parts, shape: Shape) -> Product:
+    code = _trellis_code(codec.bits_per_code, codec.window)
+    return products_trellis.trellis(parts["codes"], parts["scale"], code, tile=codec.tile(shape[0]))
+
+
+@lru_cache(maxsize=32)
+def _trellis_code(bits: int, window: int) -> TrellisCode:
+    masks, unit, integers = TABLES[bits, window]
+    return TrellisCode(bits, window, tuple(masks), tuple(integers), unit / 4096)
 
 
 @makes(Dense)
