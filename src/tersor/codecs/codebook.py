@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
-from scipy.spatial import cKDTree
 from torch import Tensor
 
 from tersor.codecs.text import Words, reads
@@ -151,6 +150,8 @@ def nearest(vectors: Tensor, entries: Tensor, count: int) -> Tensor:
     """Numbers ``(n, count)`` int64 of the ``entries (k, dim)`` nearest to each of ``vectors (n, dim)``, best first."""
     if count == 1 and entries.shape[1] <= _TREE_DIM and len(entries) >= _TREE_LEAST:
         # In few dimensions a tree looks at a handful of entries instead of all.
+        from scipy.spatial import cKDTree  # here, as running a model needs no trees, and 30 MB less
+
         tree = cKDTree(entries.double().numpy())
         return torch.from_numpy(tree.query(vectors.double().numpy())[1]).reshape(-1, 1)
     half = entries.square().sum(1) * 0.5
