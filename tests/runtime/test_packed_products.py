@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -197,6 +199,28 @@ def test_without_compiled_products_everything_works(monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(packed(x), plain(packed)(x))
     assert packed.product() is None
     assert used == []
+
+
+MISSING = """
+import sys
+sys.modules["tersor.kernels._products"] = None
+import torch
+from torch import nn
+from tersor.codecs import parse
+from tersor.kernels import products
+from tersor.runtime.packed import adopt
+module = nn.Linear(32, 8).requires_grad_(False)
+adopt(module, parse("bf16"))
+module.load_state_dict({"weight": torch.ones(8, 32, dtype=torch.bfloat16), "bias": torch.zeros(8)})
+assert not products.available
+for tokens in (1, 300):
+    for dtype in (torch.bfloat16, torch.float32):
+        assert torch.equal(module(torch.ones(tokens, 32, dtype=dtype)), torch.full((tokens, 8), 32.0, dtype=dtype))
+"""
+
+
+def test_where_nothing_was_compiled_all_is_decoded() -> None:
+    subprocess.run([sys.executable, "-c", MISSING], check=True)
 
 
 def test_a_codec_without_a_product_is_decoded(used: list[int]) -> None:

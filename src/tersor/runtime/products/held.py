@@ -97,7 +97,7 @@ def takes(codec: Codec, x: Tensor) -> bool:
     """Whether a product is for inputs ``x (tokens, in)``, and faster: they are on the processor, of 16 or 32 bits, no
     stand-ins for numbers, and not so many that decoding the weight once for all of them pays.
     """
-    if x.device.type != "cpu" or x.dtype not in _FLOATS or type(x) not in _TENSORS:
+    if not products.available or x.device.type != "cpu" or x.dtype not in _FLOATS or type(x) not in _TENSORS:
         return False
     if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return False
