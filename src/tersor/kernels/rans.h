@@ -7,6 +7,12 @@
 #include <stdexcept>
 #include <vector>
 
+#if defined(__x86_64__) && defined(__GNUC__) && defined(__linux__)
+#define TERSOR_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define TERSOR_CLONES
+#endif
+
 namespace tersor_rans {
 
 constexpr int SYMBOLS = 32, REACH = 15, ESCAPE = -64, TOTAL_BITS = 12, TOTAL = 1 << TOTAL_BITS;
@@ -115,9 +121,15 @@ void row_portable(Reader& in, size_t row, int32_t* codes);
 void row_avx2(Reader& in, size_t row, int32_t* codes);    // at most 64 contexts
 void row_avx512(Reader& in, size_t row, int32_t* codes);  // at most 64 contexts
 
-// Grid numbers of a row to 256ths of a step, moved towards zero by shrinkages: `shrink (4, 64)` in 256ths, of sizes 1, 2,
-// 3, and 4 or more, by context.
-void inward_portable(const Contexts& contexts, const uint8_t* shrink, size_t row, size_t columns, int32_t* codes);
-void inward_avx512(const Contexts& contexts, const uint8_t* shrink, size_t row, size_t columns, int32_t* codes);
+// How far numbers move towards zero, in 256ths of a step, by size and context: sizes 1, 2, 3, and 4 or more as bytes, and
+// sizes from 0 on as wider ones.
+struct Shrink {
+    uint8_t narrow[4][64] = {};
+    int32_t wide[5][64] = {};
+};
+
+// Grid numbers of a row to 256ths of a step, moved towards zero; at most 64 contexts.
+void inward_portable(const Contexts& contexts, const Shrink& shrink, size_t row, size_t columns, int32_t* codes);
+void inward_avx512(const Contexts& contexts, const Shrink& shrink, size_t row, size_t columns, int32_t* codes);
 
 }  // namespace tersor_rans

@@ -218,12 +218,12 @@ TERSOR_TARGET void row_avx512(Reader& in, size_t r, int32_t* codes) {
         row_of_groups<false>(in, row, r, codes);
 }
 
-TERSOR_TARGET void inward_avx512(const Contexts& contexts, const uint8_t* shrink, size_t r, size_t columns,
+TERSOR_TARGET void inward_avx512(const Contexts& contexts, const Shrink& shrink, size_t r, size_t columns,
                                  int32_t* codes) {
     const __m512i own = _mm512_set1_epi32(contexts.row[r]), last = _mm512_set1_epi32(contexts.last);
     const __m128i shift = _mm_cvtsi32_si128(contexts.shift);
-    const __m512i table[4] = {_mm512_loadu_si512(shrink), _mm512_loadu_si512(shrink + 64),
-                              _mm512_loadu_si512(shrink + 128), _mm512_loadu_si512(shrink + 192)};
+    const __m512i table[4] = {_mm512_loadu_si512(shrink.narrow[0]), _mm512_loadu_si512(shrink.narrow[1]),
+                              _mm512_loadu_si512(shrink.narrow[2]), _mm512_loadu_si512(shrink.narrow[3])};
     const __mmask64 lowest = 0x1111111111111111u;
     for (size_t c = 0; c < columns; c += 16) {
         const __m512i k = _mm512_loadu_si512(codes + c), size = _mm512_min_epi32(_mm512_abs_epi32(k), _mm512_set1_epi32(4));
@@ -247,7 +247,7 @@ TERSOR_TARGET void inward_avx512(const Contexts& contexts, const uint8_t* shrink
 
 namespace tersor_rans {
 void row_avx512(Reader& in, size_t row, int32_t* codes) { row_portable(in, row, codes); }
-void inward_avx512(const Contexts& contexts, const uint8_t* shrink, size_t row, size_t columns, int32_t* codes) {
+void inward_avx512(const Contexts& contexts, const Shrink& shrink, size_t row, size_t columns, int32_t* codes) {
     inward_portable(contexts, shrink, row, columns, codes);
 }
 }  // namespace tersor_rans

@@ -5,18 +5,15 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstdlib>
+#include <memory>
+#include <new>
 #include <string>
 #include <utility>
 
 #include "rans.h"
 
 namespace nb = nanobind;
-
-#if defined(__x86_64__) && defined(__GNUC__) && defined(__linux__)
-#define TERSOR_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define TERSOR_CLONES
-#endif
 
 namespace tersor_rans {
 
@@ -88,7 +85,7 @@ class Stream {
     void values(MatB shrink, VecF step, Out<float, 2> weights) const {
         fits(weights, "weights");
         require(step.shape(0) == columns_, "there is not a step for every column");
-        const std::vector<uint8_t> table = shrinkages(shrink);
+        const Shrink table = shrinkages(shrink);
         nb::gil_scoped_release release;
         each_fine(table, [&](size_t r, const int32_t* fine) {
             scale(fine, step.data(), columns_, weights.data() + r * columns_);
@@ -101,7 +98,7 @@ class Stream {
 
   private:
     void fill(const CubeI& frequency, const VecI& low, int unions);
-    std::vector<uint8_t> shrinkages(const MatB& shrink) const;
+    Shrink shrinkages(const MatB& shrink) const;
     template <class Array>
     void fits(const Array& array, const char*) const {
         require(array.shape(0) == rows_ && array.shape(1) == columns_, "results must be (rows, columns)");
@@ -145,12 +142,12 @@ class Stream {
     }
 
     template <class Sink>
-    void each_fine(const std::vector<uint8_t>& shrink, Sink sink) const {
+    void each_fine(const Shrink& shrink, Sink sink) const {
         const auto inward = narrow() && isa() == Isa::avx512 ? inward_avx512 : inward_portable;
         std::vector<int32_t> fine(columns_ + BEYOND);
         each_row([&](size_t r, const int32_t* codes) {
             std::copy_n(codes, columns_, fine.data());
-            inward(contexts_, shrink.data(), r, columns_, fine.data());
+            inward(contexts_, shrink, r, columns_, fine.data());
             sink(r, fine.data());
         });
     }
@@ -190,32 +187,35 @@ void Stream::fill(const CubeI& frequency, const VecI& low, int unions) {
     }
 }
 
-std::vector<uint8_t> Stream::shrinkages(const MatB& shrink) const {
+Shrink Stream::shrinkages(const MatB& shrink) const {
     const size_t count = static_cast<size_t>(contexts_.last) + 1;
     require(shrink.shape(0) == count && shrink.shape(1) == 4, "shrinkages must be (classes, 4)");
     require(narrow(), "there are at most 64 contexts with shrinkages");
-    std::vector<uint8_t> table(4 * VECTOR_CONTEXTS);
+    Shrink table;
     for (size_t c = 0; c < count; ++c)
-        for (size_t s = 0; s < 4; ++s) table[s * VECTOR_CONTEXTS + c] = shrink.data()[c * 4 + s];
+        for (size_t s = 0; s < 4; ++s) table.wide[s + 1][c] = table.narrow[s][c] = shrink.data()[c * 4 + s];
     return table;
 }
 
 std::pair<std::vector<int32_t>, std::vector<int64_t>> Stream::names(MatB shrink, Out<uint16_t, 2> names) const {
     fits(names, "names");
-    const std::vector<uint8_t> table = shrinkages(shrink);
+    const Shrink table = shrinkages(shrink);
     constexpr int32_t FARTHEST = 4096 * 256;
     std::vector<int32_t> numbers;
     std::vector<int64_t> counts;
     {
         nb::gil_scoped_release release;
-        std::vector<uint16_t> name_of(2 * FARTHEST + 1);  // one more than the name; 0: has none yet
+        // One more than the name; 0: has none yet. Most of it is never looked at, so nothing clears it but the system.
+        const std::unique_ptr<uint16_t, void (*)(void*)> room(
+            static_cast<uint16_t*>(std::calloc(2 * FARTHEST + 1, sizeof(uint16_t))), std::free);
+        if (!room) throw std::bad_alloc();
         bool bad = false;
         // Four counters for each name: adding to the one that was just added to would wait for that.
-        std::vector<uint32_t> count(4 * 65536);
+        std::vector<uint32_t> count;
         each_fine(table, [&](size_t r, const int32_t* fine) {
             bad = bad || !within(fine, columns_, FARTHEST);
             if (bad) return;
-            uint16_t *to = names.data() + r * columns_, *of = name_of.data() + FARTHEST;
+            uint16_t *to = names.data() + r * columns_, *of = room.get() + FARTHEST;
             for (size_t c = 0; c < columns_; ++c) {
                 if (__builtin_expect(of[fine[c]] == 0, 0)) {
                     if (numbers.size() == 65535) {
@@ -223,6 +223,7 @@ std::pair<std::vector<int32_t>, std::vector<int64_t>> Stream::names(MatB shrink,
                         return;
                     }
                     numbers.push_back(fine[c]);
+                    count.resize(4 * numbers.size());
                     of[fine[c]] = static_cast<uint16_t>(numbers.size());
                 }
                 to[c] = static_cast<uint16_t>(of[fine[c]] - 1);

@@ -85,8 +85,10 @@ void group_far(Reader& in, const Kinds& kinds, const uint8_t* step, size_t first
             number[l] = static_cast<uint8_t>(codes[first + l]);
         }
     in.at = at;
+    uint8_t* const next = in.next.data() + first;
+    const uint32_t turn = in.h1;
     for (size_t l = 0; l < count; ++l)
-        in.next[first + l] = static_cast<uint8_t>(step[path[l]] ^ (number[l] & 2 ? in.h1 : 0u));
+        next[l] = static_cast<uint8_t>(step[path[l]] ^ (turn & (0u - (number[l] >> 1 & 1u))));
     if (escaped) settle(in, first, escaped, codes);
 }
 
@@ -108,11 +110,14 @@ void row_portable(Reader& in, size_t r, int32_t* codes) {
     }
 }
 
-void inward_portable(const Contexts& contexts, const uint8_t* shrink, size_t r, size_t columns, int32_t* codes) {
+TERSOR_CLONES void inward_portable(const Contexts& contexts, const Shrink& shrink, size_t r, size_t columns,
+                                   int32_t* codes) {
+    const int32_t own = contexts.row[r], shift = contexts.shift, last = contexts.last, *level = contexts.level.data();
+    const int32_t* by = &shrink.wide[0][0];
     for (size_t c = 0; c < columns; ++c) {
         const int32_t k = codes[c], size = std::min(k < 0 ? -k : k, 4);
-        const int32_t by = size ? shrink[(size - 1) * 64 + contexts.at(r, c)] : 0;
-        codes[c] = k * 256 + (k < 0 ? by : -by);
+        const int32_t kind = std::min(std::max((own + level[c]) >> shift, 0), last);
+        codes[c] = k * 256 + (static_cast<int32_t>(k < 0) - static_cast<int32_t>(k > 0)) * by[size * 64 + kind];
     }
 }
 
