@@ -107,6 +107,18 @@ bench-engines: out/reference out/reference-wide bench-w4a16
 	$(INSTALL) --editable '.[gguf]' xllamacpp
 	$(BIN)/python benchmarks/engines.py --model out/reference --wide out/reference-wide --text $(TEXT)
 
+# Products with packed weights against the speed of reading memory; then whole models against llama.cpp (built here: needs
+# CMake and a C++ compiler), torch and torchao. docs/speed.md is written from both. Best on a machine that does nothing else.
+bench-kernels: $(USER)
+	$(BIN)/python benchmarks/product_speed.py
+	$(INSTALL) matplotlib
+	$(BIN)/python benchmarks/speed_page.py
+
+bench-decode: out/reference
+	$(INSTALL) --editable '.[demo]' matplotlib
+	$(BIN)/python benchmarks/decode.py --model out/reference
+	$(BIN)/python benchmarks/speed_page.py
+
 clean:
 	rm -rf $(VENV) build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests benchmarks -name __pycache__ -type d -exec rm -rf {} +

@@ -166,7 +166,7 @@ class Comparison:
         """Tokens a second of both files, in turn, by llama.cpp's own program."""
 
         def measure() -> dict[str, Any]:
-            program = _bench_program(llama_cpp(self.given.tools))
+            program = bench_program(llama_cpp(self.given.tools))
             speeds: tuple[list[float], list[float]] = ([], [])
             for _ in range(TURNS):
                 for path, found in zip(files, speeds, strict=True):
@@ -180,7 +180,7 @@ class Comparison:
         return self.kept(f"{kind}-speed", measure)
 
 
-def _bench_program(home: Path) -> Path:
+def bench_program(home: Path) -> Path:
     """llama.cpp's benchmark of itself, built when it is not there."""
     build = home / "build"
     if not (build / "bin" / "llama-bench").exists():

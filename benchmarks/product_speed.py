@@ -5,7 +5,7 @@ of what plain reading of as many bytes reaches in the same run, say how good a k
 reading, the kernel, torch's bfloat16 ``linear`` on the same shape; shares are medians of ratios of neighbours, which a
 noisy machine disturbs least. Weights are random codes, in as many copies as it takes to be larger than any cache.
 
-    python benchmarks/kernels.py [--only int4] [--threads 2] [--turns 15] [--out RESULT.json]
+    python benchmarks/product_speed.py [--only int4] [--threads 2] [--turns 15] [--out RESULT.json]
 """
 
 from __future__ import annotations
