@@ -14,8 +14,8 @@
 namespace tersor {
 namespace {
 
-// Bytes between what is used and what is fetched.
-constexpr int64_t AHEAD = 16384;
+// Bytes between what is used and what is fetched, from memory and into the first-level cache.
+constexpr int64_t AHEAD = 16384, SOON = 512;
 
 // How codes of a width become bytes, a step of `bytes` bytes at a time.
 struct Cut {
@@ -93,6 +93,7 @@ struct Call {
     __mmask64 whole, tail;  // bytes of a step, and of a row's last one
     const int32_t* lanes;   // of small groups: 16 for every step of a fetch (of all steps, where a fetch is one step)
     int64_t per_fetch;
+    bool fetched_once;      // every scale is fetched once on the way, and there is one zero for all groups of a row
 };
 
 template <class K>
@@ -149,9 +150,10 @@ TERSOR_512_INLINE void step(const Call<K>& call, const uint8_t* codes, __mmask64
     for (int r = 0; r < K::Rows; ++r) {
         const uint8_t* from = codes + r * call.layout.row_bytes;
         bytes[r] = _mm512_maskz_loadu_epi8(here, from);
-        // Codes of later rows, as the hardware does not look beyond a page; not into the first-level cache, where rows of
-        // 2^k bytes would push each other out.
+        // Codes of later rows, as the hardware does not look beyond a page; not yet into the first-level cache, where rows
+        // of 2^k bytes would push each other out.
         _mm_prefetch(reinterpret_cast<const char*>(from + AHEAD), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(from + SOON), _MM_HINT_T0);
     }
     slice<K, 0>(call, bytes, table, 64 * std::max(K::Slices, 1) * s, sum);
 }
@@ -185,7 +187,7 @@ TERSOR_512_INLINE __m512 zeros_at(const Call<K>& call, int64_t row, int64_t grou
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(here));
 }
 
-// Lanes of sums over groups of scale * zero * (sum of the group's inputs).
+// Lanes of sums over groups of scale * zero * (sum of the group's inputs), where they were not weighed on the way.
 template <class K>
 TERSOR_512_INLINE void shifts(const Call<K>& call, int64_t row, __m512 (&shift)[K::Tokens]) {
     const RowLayout& layout = call.layout;
@@ -202,10 +204,19 @@ TERSOR_512_INLINE void shifts(const Call<K>& call, int64_t row, __m512 (&shift)[
     }
 }
 
-// Rows of one group: lanes of sums of scale * code * input.
+// Scales of up to 16 groups from `group` on, times the sums of the groups' inputs, added to those before.
+template <class K>
+TERSOR_512_INLINE void weigh(const Call<K>& call, __m512 scales, int64_t group, __m512 (&weighed)[K::Tokens]) {
+    const int64_t n = call.layout.groups;
+    const __mmask16 here = n - group >= 16 ? 0xffff : static_cast<__mmask16>((1u << (n - group)) - 1);
+    for (int t = 0; t < K::Tokens; ++t)
+        weighed[t] = _mm512_fmadd_ps(scales, _mm512_maskz_loadu_ps(here, call.group_sums[t] + group), weighed[t]);
+}
+
+// Rows of one group: lanes of sums of scale * code * input, and (`weighed`) of scale * input.
 template <class K>
 TERSOR_512_INLINE void one_group(const Call<K>& call, int64_t row, const typename K::Tables& table,
-                                 typename K::Floats& result) {
+                                 typename K::Floats& result, typename K::Floats& weighed) {
     const uint8_t* codes = call.layout.codes + row * call.layout.row_bytes;
     typename K::Integers sum;
     clear<K>(sum);
@@ -215,14 +226,17 @@ TERSOR_512_INLINE void one_group(const Call<K>& call, int64_t row, const typenam
     for (int r = 0; r < K::Rows; ++r) {
         const __m512 first = scales_at(call.layout, row + r, row + r + 1);
         const __m512 scale = _mm512_broadcastss_ps(_mm512_castps512_ps128(first));
-        for (int t = 0; t < K::Tokens; ++t) result[r][t] = _mm512_mul_ps(total<K>(sum[r][t]), scale);
+        for (int t = 0; t < K::Tokens; ++t) {
+            result[r][t] = _mm512_mul_ps(total<K>(sum[r][t]), scale);
+            weighed[r][t] = _mm512_maskz_mul_ps(1, scale, _mm512_set1_ps(*call.group_sums[t]));
+        }
     }
 }
 
 // The same where groups are whole steps, `PerGroup` of them or (0) any number.
 template <class K, int PerGroup>
 TERSOR_512_INLINE void whole_steps(const Call<K>& call, int64_t row, const typename K::Tables& table,
-                                   typename K::Floats& result) {
+                                   typename K::Floats& result, typename K::Floats& weighed) {
     const RowLayout& layout = call.layout;
     const uint8_t* codes = layout.codes + row * layout.row_bytes;
     const int64_t n = layout.groups, columns = 64 * std::max(K::Slices, 1);
@@ -232,8 +246,11 @@ TERSOR_512_INLINE void whole_steps(const Call<K>& call, int64_t row, const typen
     typename K::Integers sum;
     int64_t s = 0;
     for (int64_t block = 0; block < n; block += 16) {
-        for (int r = 0; r < K::Rows; ++r)
-            _mm512_store_ps(scales[r], scales_at(layout, (row + r) * n + block, (row + r + 1) * n));
+        for (int r = 0; r < K::Rows; ++r) {
+            const __m512 fetched = scales_at(layout, (row + r) * n + block, (row + r + 1) * n);
+            _mm512_store_ps(scales[r], fetched);
+            weigh<K>(call, fetched, block, weighed[r]);
+        }
         const int64_t here = std::min<int64_t>(16, n - block);
         for (int64_t g = 0; g < here; ++g) {
             clear<K>(sum);
@@ -254,15 +271,18 @@ TERSOR_512_INLINE void whole_steps(const Call<K>& call, int64_t row, const typen
 // `call.per_fetch` steps.
 template <class K>
 TERSOR_512_INLINE void small_groups(const Call<K>& call, int64_t row, const typename K::Tables& table,
-                                    typename K::Floats& result) {
+                                    typename K::Floats& result, typename K::Floats& weighed) {
     const RowLayout& layout = call.layout;
     const uint8_t* codes = layout.codes + row * layout.row_bytes;
     const int64_t n = layout.groups, columns = 64 * std::max(K::Slices, 1);
     typename K::Integers sum;
     __m512 scales[K::Rows];
     for (int64_t fetch = 0; fetch < call.steps; fetch += call.per_fetch) {
-        for (int r = 0; r < K::Rows; ++r)
-            scales[r] = scales_at(layout, (row + r) * n + columns * fetch / layout.group, (row + r + 1) * n);
+        const int64_t group = columns * fetch / layout.group;
+        for (int r = 0; r < K::Rows; ++r) {
+            scales[r] = scales_at(layout, (row + r) * n + group, (row + r + 1) * n);
+            if (call.fetched_once) weigh<K>(call, scales[r], group, weighed[r]);
+        }
         const int32_t* lanes = call.lanes + (call.per_fetch == 1 ? 16 * fetch : 0);
         const int64_t last = std::min(call.steps, fetch + call.per_fetch);
         for (int64_t s = fetch; s < last; ++s, codes += call.cut.bytes, lanes += 16) {
@@ -314,15 +334,21 @@ TERSOR_512 void rows_of(const Call<K>& call, const RowInputs& inputs, int64_t fi
                 if (K::Planes == 2) table[1][r].load(layout.high.data() + at);
             }
         }
-        typename K::Floats result;
+        typename K::Floats result, weighed;
         for (int r = 0; r < K::Rows; ++r)
-            for (int t = 0; t < K::Tokens; ++t) result[r][t] = _mm512_setzero_ps();
-        if (layout.groups == 1) one_group<K>(call, row, table, result);
-        else if (layout.group % columns != 0) small_groups<K>(call, row, table, result);
-        else if (layout.group == columns) whole_steps<K, 1>(call, row, table, result);
-        else whole_steps<K, 0>(call, row, table, result);
+            for (int t = 0; t < K::Tokens; ++t) result[r][t] = weighed[r][t] = _mm512_setzero_ps();
+        if (layout.groups == 1) one_group<K>(call, row, table, result, weighed);
+        else if (layout.group % columns != 0) small_groups<K>(call, row, table, result, weighed);
+        else if (layout.group == columns) whole_steps<K, 1>(call, row, table, result, weighed);
+        else whole_steps<K, 0>(call, row, table, result, weighed);
         float sums[K::Rows * K::Tokens];
         for (int r = 0; r < K::Rows; ++r) {
+            if (call.fetched_once) {
+                const __m512 middle = _mm512_set1_ps(layout.middle.size() > 1 ? layout.middle[row + r] : layout.middle[0]);
+                for (int t = 0; t < K::Tokens; ++t)
+                    result[r][t] = _mm512_fnmadd_ps(weighed[r][t], middle, result[r][t]);
+                continue;
+            }
             __m512 shift[K::Tokens];
             shifts<K>(call, row + r, shift);
             for (int t = 0; t < K::Tokens; ++t) result[r][t] = _mm512_sub_ps(result[r][t], shift[t]);
@@ -360,9 +386,10 @@ TERSOR_512 void loop(const RowLayout& layout, const RowInputs& inputs, int64_t f
             _mm512_storeu_si512(&lanes[16 * s], lanes_of(columns * s, columns, layout.group,
                                                          alike ? 0 : columns * s / layout.group));
     }
+    const bool fetched_once = layout.zero == nullptr && (layout.groups == 1 || layout.group % columns == 0 || alike);
     const Cut cut = cut_of(layout.bits, K::Slices > 0);
     const __mmask64 whole = first_bytes(cut.bytes), tail = first_bytes(layout.row_bytes - (steps - 1) * cut.bytes);
-    Call<K> call{layout, {}, {}, {}, cut, steps, whole, tail, lanes.data(), per_fetch};
+    Call<K> call{layout, {}, {}, {}, cut, steps, whole, tail, lanes.data(), per_fetch, fetched_once};
     for (int t = 0; t < K::Tokens; ++t) {
         call.high[t] = inputs.high_of(token + t);
         call.low[t] = K::Two ? inputs.low_of(token + t) : nullptr;
@@ -372,7 +399,7 @@ TERSOR_512 void loop(const RowLayout& layout, const RowInputs& inputs, int64_t f
     rows_of<K>(call, inputs, first, most, token, y, stride);
     if (most == last) return;
     using One = Kind<K::Slices, K::Planes, K::Wide, K::Two, 1, K::Tokens>;
-    Call<One> one{layout, {}, {}, {}, cut, steps, whole, tail, lanes.data(), per_fetch};
+    Call<One> one{layout, {}, {}, {}, cut, steps, whole, tail, lanes.data(), per_fetch, fetched_once};
     std::copy_n(call.high, K::Tokens, one.high);
     std::copy_n(call.low, K::Tokens, one.low);
     std::copy_n(call.group_sums, K::Tokens, one.group_sums);
