@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -188,6 +191,49 @@ def test_damaged_streams_are_refused_or_give_some_numbers_alike_at_all_levels(se
             assert "ends before" in str(error) or "shorter than" in str(error)  # noqa: PT017
             found.append(None)
     assert found[0] == found[1] == found[2]
+
+
+@pytest.fixture(name="fence")
+def _fence() -> Iterator[tuple[int, int]]:
+    """Where memory that can be read begins and ends; on both sides of it lies some that cannot."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    page, pages = mmap.PAGESIZE, 34
+    memory = mmap.mmap(-1, pages * page)
+    holder = ctypes.c_char.from_buffer(memory)
+    begin = ctypes.addressof(holder)
+    for at in (begin, begin + (pages - 1) * page):
+        assert libc.mprotect(at, page, 0) == 0
+    yield begin + page, begin + (pages - 1) * page
+    for at in (begin, begin + (pages - 1) * page):
+        libc.mprotect(at, page, mmap.PROT_READ | mmap.PROT_WRITE)
+    del holder
+    memory.close()
+
+
+@needs_compiled
+@pytest.mark.skipif(sys.platform != "linux", reason="protects pages of memory")
+@pytest.mark.parametrize("seed", range(20))
+def test_nothing_outside_a_stream_is_read(seed, fence):
+    """Address sanitizers see no vectors that are loaded across an end; memory that may not be read stops them."""
+    g = np.random.default_rng(seed)
+    lanes, columns, low = int(g.integers(1, 33)), int(g.integers(1, 130)), int(g.choice([0, 1, 12]))
+    codes, stream, kinds = _layer(seed, 8, columns, 3, lanes, 8, low, float(g.choice([0.5, 4.0, 40.0])))
+    damaged = stream.clone()
+    damaged[torch.from_numpy(g.integers(0, len(stream), 20))] = 255
+    cut = damaged[: max(4 * lanes, int(g.random() * len(stream)))]
+    for data in (stream, damaged, cut):
+        for at in (fence[0], fence[1] - len(data)):
+            here = np.frombuffer((ctypes.c_uint8 * len(data)).from_address(at), np.uint8)
+            here[:] = data.numpy()
+            for level in LEVELS:
+                coded._coded.limit_isa(level)
+                try:
+                    found = coded.decode_in(torch.from_numpy(here), codes.shape, kinds, 8)
+                except ValueError:
+                    assert data is not stream
+                    continue
+                assert data is not stream or torch.equal(found.long(), codes)
 
 
 @needs_compiled
