@@ -192,15 +192,21 @@ struct Sums {
     }
 };
 
-// A block of `groups` groups of four columns, and 64 bytes a group that will be needed next.
+// Three lines a group are more than the first cache can wait for at a time.
+template <int Bits>
+TERSOR_512_INLINE void prefetch(const uint8_t* from) {
+    _mm_prefetch(reinterpret_cast<const char*>(from), unit_bytes(Bits) == 1 ? _MM_HINT_T0 : _MM_HINT_T1);
+}
+
+// A block of `groups` groups of four columns, and what will be needed next: 64 bytes a group for each byte of a unit.
 struct Block {
     Streams streams;
     int groups;
     const uint8_t* ahead;
 
-    TERSOR_512_INLINE void next() {
-        streams.from += streams.step;
-        ahead += 64;
+    template <int Bits>
+    TERSOR_512_INLINE void fetch() {
+        for (int j = 0; j < unit_bytes(Bits); ++j, ahead += 64) prefetch<Bits>(ahead);
     }
 };
 
@@ -219,11 +225,11 @@ TERSOR_512 void fused(Block block, const Code& code, const int8_t* const (*input
     constexpr bool early = From != Source::laid_out;
     if constexpr (early) bytes.template load<From>(block.streams);
     for (int g = 0; g < block.groups; ++g) {
-        _mm_prefetch(reinterpret_cast<const char*>(block.ahead), _MM_HINT_T0);
+        block.fetch<Bits>();
         asm("" : "+r"(matrix));
         if constexpr (!early) bytes.template load<From>(block.streams);
         const Bytes<Bits, Window> now = bytes;
-        if (g + 1 < block.groups) block.next();
+        if (g + 1 < block.groups) block.streams.from += block.streams.step;
         if constexpr (early) bytes.template load<From>(block.streams);
         all.add(0, decode<Bits, Window, 0>(now, matrix, table), x, 4 * g);
         all.add(1, decode<Bits, Window, 1>(now, matrix, table), x, 4 * g);
@@ -248,8 +254,8 @@ TERSOR_512 void decode_block(Block block, const Code& code, uint8_t* to) {
     const Table<Bits> table(code);
     const uint64_t(*matrix)[TERMS] = code.matrix;
     Bytes<Bits, Window> bytes;
-    for (int g = 0; g < block.groups; ++g, block.next(), to += 64 * R) {
-        _mm_prefetch(reinterpret_cast<const char*>(block.ahead), _MM_HINT_T0);
+    for (int g = 0; g < block.groups; ++g, block.streams.from += block.streams.step, to += 64 * R) {
+        block.fetch<Bits>();
         asm("" : "+r"(matrix));
         bytes.template load<From>(block.streams);
         _mm512_store_si512(to, decode<Bits, Window, 0>(bytes, matrix, table));
@@ -330,7 +336,7 @@ TERSOR_512 void all_blocks(const Code& code, Block block, int units, bool laid_o
             times<Bits, Window, Planes, Source::stored>(block, code, x, inputs.tokens, sums);
         }
         block.streams.from += laid_out ? 64 : BLOCK * J;
-        block.ahead += 64 * block.groups;
+        block.ahead += 64 * J * block.groups;
     }
 }
 
@@ -347,7 +353,11 @@ TERSOR_512 void add_products(const Code& code, const Tile& tile, int64_t first, 
         if (tile.laid_out != nullptr) {
             const int groups = static_cast<int>((std::min<int64_t>(CHUNK, last - c) + 3) / 4);
             const uint8_t* from = tile.laid_out + c / 4 * J * plane;
-            const Block block{{from, J * plane, plane, 0}, groups, from + groups * J * plane};
+            const uint8_t* ahead = from + groups * J * plane;
+            // What blocks do not fetch on the way, as the words before them come on top: with three planes it shows.
+            for (int64_t rest = groups * J * 64 * blocks; J > 1 && rest < groups * J * plane; rest += 64)
+                prefetch<Bits>(ahead + rest);
+            const Block block{{from, J * plane, plane, 0}, groups, ahead};
             all_blocks<Bits, Window, Planes>(code, block, units, true, inputs, c, parts);
             continue;
         }
