@@ -68,13 +68,6 @@ void unpack_zeros(const RowLayout& layout, int64_t row, float* to) {
     }
 }
 
-// How many codes a byte holds, where slices of bytes work: every lane of 4 bytes must lie within one group.
-int slices_of(const RowLayout& layout) {
-    if (8 % layout.bits != 0) return 0;
-    const int slices = 8 / layout.bits;
-    return layout.groups == 1 || layout.group % (4 * slices) == 0 ? slices : 0;
-}
-
 }  // namespace
 
 void RowScales::expand(const RowLayout& layout, int64_t row) {
@@ -99,8 +92,8 @@ void RowScales::expand(const RowLayout& layout, int64_t row) {
 RowInputs::RowInputs(const Activations& rounded, const RowLayout& layout)
     : rounded(rounded), group_sums(rounded.tokens * layout.groups) {
     if (isa() == Isa::avx512) {
-        slices = slices_of(layout);
-        width = slices > 1 ? (rounded.columns + 64 * slices - 1) / (64 * slices) * 64 * slices : rounded.width;
+        const int64_t step = 64 * layout.slices;
+        if (layout.slices > 1) width = (rounded.columns + step - 1) / step * step;
         inputs_avx512(layout, *this);
         return;
     }
@@ -355,6 +348,7 @@ ProductPtr row_codes(In<uint8_t, 2> codes, int bits, int64_t columns, int64_t gr
                     ") bytes, and there can be no table beside them");
         layout.zero = stored.zero->data();
     }
+    plan_avx512(layout);
     return std::make_shared<RowCodes>(std::move(layout), std::move(stored));
 }
 

@@ -32,6 +32,13 @@ struct RowLayout {
     std::vector<float> values;          // (tables, table_width): u as a float
     std::vector<float> factor, middle;  // (tables,), or one of each
 
+    // For rows_avx512, made once: into how many slices a byte of codes is cut (0: codes are spread), and which of 16
+    // fetched scales each lane takes in each step of a fetch; see there.
+    int slices = 0;
+    int64_t per_fetch = 1;
+    std::vector<int32_t> lanes;
+    uint8_t place[64], shift[64];  // of codes that are spread
+
     bool wide_table() const { return table_width > 64; }
 };
 
@@ -41,11 +48,10 @@ struct RowInputs {
 
     const Activations& rounded;
     std::vector<float> group_sums;  // (tokens, groups): sums of the integers that stand for the inputs
-    // For rows_avx512: how many slices a byte of codes is cut into, and both planes laid out for that, slice by slice of
-    // 64 bytes of codes. 0 slices: codes are spread instead, and the planes are as they are in `rounded`.
-    const int8_t* high_of(int64_t token) const { return slices > 1 ? high.data() + token * width : rounded.high_of(token); }
-    const int8_t* low_of(int64_t token) const { return slices > 1 ? low.data() + token * width : rounded.low_of(token); }
-    int slices = 0;
+    // For rows_avx512: both planes laid out slice by slice of 64 bytes of codes, `width` columns a token. Where there are
+    // no slices, or one, the width is 0 and the planes are as they are in `rounded`.
+    const int8_t* high_of(int64_t token) const { return width > 0 ? high.data() + token * width : rounded.high_of(token); }
+    const int8_t* low_of(int64_t token) const { return width > 0 ? low.data() + token * width : rounded.low_of(token); }
     int64_t width = 0;
     std::vector<int8_t> high, low;
 
@@ -67,6 +73,9 @@ void rows_portable(const RowLayout&, const RowInputs&, int64_t first, int64_t la
 void rows_avx2(const RowLayout&, const RowInputs&, int64_t first, int64_t last, float* y, int64_t stride);
 void rows_avx2_floats(const RowLayout&, const RowInputs&, int64_t first, int64_t last, float* y, int64_t stride);
 void rows_avx512(const RowLayout&, const RowInputs&, int64_t first, int64_t last, float* y, int64_t stride);
+
+// Fills what rows_avx512 takes of `layout`, when all else of it is there.
+void plan_avx512(RowLayout& layout);
 
 // Fills what rows_avx512 takes of `inputs`: the sums of groups, and the planes as slices.
 void inputs_avx512(const RowLayout& layout, RowInputs& inputs);

@@ -23,14 +23,9 @@ struct Cut {
     int64_t bytes;
 };
 
-TERSOR_512_INLINE Cut cut_of(int bits, bool sliced) {
-    alignas(64) uint8_t place[64], shift[64];
-    for (int i = 0; i < 64; ++i) {
-        place[i] = static_cast<uint8_t>(i / 8 * bits + i % 8) & 63;
-        shift[i] = static_cast<uint8_t>(i % 8 * bits);
-    }
-    return {_mm512_load_si512(place), _mm512_load_si512(shift), _mm512_set1_epi8(static_cast<char>((1 << bits) - 1)),
-            sliced ? 64 : 8 * bits};
+TERSOR_512_INLINE Cut cut_of(const RowLayout& layout) {
+    return {_mm512_loadu_si512(layout.place), _mm512_loadu_si512(layout.shift),
+            _mm512_set1_epi8(static_cast<char>((1 << layout.bits) - 1)), layout.slices > 0 ? 64 : 8 * layout.bits};
 }
 
 TERSOR_512_INLINE __mmask64 first_bytes(int64_t count) { return count >= 64 ? ~0ULL : (1ULL << count) - 1; }
@@ -363,33 +358,16 @@ TERSOR_512 void rows_of(const Call<K>& call, const RowInputs& inputs, int64_t fi
     }
 }
 
-// Which of the scales from the group `first` on each lane of `columns / 16` columns takes, from `column` on.
-TERSOR_512_INLINE __m512i lanes_of(int64_t column, int64_t columns, int64_t group, int64_t first) {
-    alignas(64) int32_t lane[16];
-    for (int i = 0; i < 16; ++i) lane[i] = static_cast<int32_t>((column + columns / 16 * i) / group - first) & 15;
-    return _mm512_load_si512(lane);
-}
-
 // Rows for tokens [token, token + K::Tokens).
 template <class K>
 TERSOR_512 void loop(const RowLayout& layout, const RowInputs& inputs, int64_t first, int64_t last, int64_t token,
                      float* y, int64_t stride) {
     const int64_t columns = 64 * std::max(K::Slices, 1), steps = (layout.columns + columns - 1) / columns;
-    // Where groups divide a step, one fetch of 16 scales lasts for whole steps, and all fetches are alike. (Fetches that
-    // last for one step only are told apart from those by their number of steps, so they list the lanes of all steps.)
-    const bool alike = columns % layout.group == 0 && 16 * layout.group > columns;
-    const int64_t per_fetch = alike ? 16 * layout.group / columns : 1;
-    std::vector<int32_t> lanes;
-    if (layout.groups > 1 && layout.group % columns != 0) {
-        lanes.resize(16 * (alike ? per_fetch : steps));
-        for (int64_t s = 0; 16 * s < static_cast<int64_t>(lanes.size()); ++s)
-            _mm512_storeu_si512(&lanes[16 * s], lanes_of(columns * s, columns, layout.group,
-                                                         alike ? 0 : columns * s / layout.group));
-    }
-    const bool fetched_once = layout.zero == nullptr && (layout.groups == 1 || layout.group % columns == 0 || alike);
-    const Cut cut = cut_of(layout.bits, K::Slices > 0);
+    const bool fetched_once =
+        layout.zero == nullptr && (layout.groups == 1 || layout.group % columns == 0 || layout.per_fetch > 1);
+    const Cut cut = cut_of(layout);
     const __mmask64 whole = first_bytes(cut.bytes), tail = first_bytes(layout.row_bytes - (steps - 1) * cut.bytes);
-    Call<K> call{layout, {}, {}, {}, cut, steps, whole, tail, lanes.data(), per_fetch, fetched_once};
+    Call<K> call{layout, {}, {}, {}, cut, steps, whole, tail, layout.lanes.data(), layout.per_fetch, fetched_once};
     for (int t = 0; t < K::Tokens; ++t) {
         call.high[t] = inputs.high_of(token + t);
         call.low[t] = K::Two ? inputs.low_of(token + t) : nullptr;
@@ -399,7 +377,7 @@ TERSOR_512 void loop(const RowLayout& layout, const RowInputs& inputs, int64_t f
     rows_of<K>(call, inputs, first, most, token, y, stride);
     if (most == last) return;
     using One = Kind<K::Slices, K::Planes, K::Wide, K::Two, 1, K::Tokens>;
-    Call<One> one{layout, {}, {}, {}, cut, steps, whole, tail, lanes.data(), per_fetch, fetched_once};
+    Call<One> one{layout, {}, {}, {}, cut, steps, whole, tail, layout.lanes.data(), layout.per_fetch, fetched_once};
     std::copy_n(call.high, K::Tokens, one.high);
     std::copy_n(call.low, K::Tokens, one.low);
     std::copy_n(call.group_sums, K::Tokens, one.group_sums);
@@ -435,7 +413,7 @@ TERSOR_512 void planes(const RowLayout& layout, const RowInputs& inputs, int64_t
 template <bool Two>
 TERSOR_512 void slices(const RowLayout& layout, const RowInputs& inputs, int64_t first, int64_t last, float* y,
                        int64_t stride) {
-    switch (inputs.slices) {
+    switch (layout.slices) {
         case 1: return planes<1, Two>(layout, inputs, first, last, y, stride);
         case 2: return planes<2, Two>(layout, inputs, first, last, y, stride);
         case 4: return planes<4, Two>(layout, inputs, first, last, y, stride);
@@ -504,10 +482,31 @@ TERSOR_512 void sum_fours(const Activations& rounded, int64_t token, int32_t* su
 
 }  // namespace
 
+void plan_avx512(RowLayout& layout) {
+    // Slices work where every lane of 4 bytes lies within one group.
+    const int slices = 8 % layout.bits == 0 ? 8 / layout.bits : 0;
+    layout.slices = slices > 0 && (layout.groups == 1 || layout.group % (4 * slices) == 0) ? slices : 0;
+    for (int i = 0; i < 64; ++i) {
+        layout.place[i] = static_cast<uint8_t>(i / 8 * layout.bits + i % 8) & 63;
+        layout.shift[i] = static_cast<uint8_t>(i % 8 * layout.bits);
+    }
+    const int64_t columns = 64 * std::max(layout.slices, 1), steps = (layout.columns + columns - 1) / columns;
+    if (layout.groups == 1 || layout.group % columns == 0) return;
+    // Where groups divide a step, one fetch of 16 scales lasts for whole steps, and all fetches are alike. (A fetch that
+    // lasts for one step is told from those by that, and so all its steps are listed.)
+    const bool alike = columns % layout.group == 0 && 16 * layout.group > columns;
+    layout.per_fetch = alike ? 16 * layout.group / columns : 1;
+    layout.lanes.resize(16 * (alike ? layout.per_fetch : steps));
+    for (int64_t i = 0; i < static_cast<int64_t>(layout.lanes.size()); ++i) {
+        const int64_t step = i / 16, first = alike ? 0 : columns * step / layout.group;
+        layout.lanes[i] = static_cast<int32_t>((columns * step + columns / 16 * (i % 16)) / layout.group - first) & 15;
+    }
+}
+
 TERSOR_512 void inputs_avx512(const RowLayout& layout, RowInputs& inputs) {
     const Activations& rounded = inputs.rounded;
     std::vector<int32_t> fours(rounded.width / 4);
-    if (inputs.slices > 1) {
+    if (layout.slices > 1) {
         inputs.high.resize(rounded.tokens * inputs.width);
         if (rounded.two_planes) inputs.low.resize(rounded.tokens * inputs.width);
     }
@@ -519,11 +518,11 @@ TERSOR_512 void inputs_avx512(const RowLayout& layout, RowInputs& inputs) {
             for (int64_t i = 0; i < each; ++i) sum += fours[g * each + i];
             inputs.group_sums[t * layout.groups + g] = static_cast<float>(sum);
         }
-        if (inputs.slices <= 1) continue;
+        if (layout.slices <= 1) continue;
         const int64_t to = t * inputs.width;
-        lay_out(inputs.slices, rounded.high_of(t), rounded.columns, inputs.width, inputs.high.data() + to);
+        lay_out(layout.slices, rounded.high_of(t), rounded.columns, inputs.width, inputs.high.data() + to);
         if (rounded.two_planes)
-            lay_out(inputs.slices, rounded.low_of(t), rounded.columns, inputs.width, inputs.low.data() + to);
+            lay_out(layout.slices, rounded.low_of(t), rounded.columns, inputs.width, inputs.low.data() + to);
     }
 }
 
@@ -538,6 +537,7 @@ TERSOR_512 void rows_avx512(const RowLayout& layout, const RowInputs& inputs, in
 #else
 
 namespace tersor {
+void plan_avx512(RowLayout&) {}
 void inputs_avx512(const RowLayout&, RowInputs&) {}
 void rows_avx512(const RowLayout& layout, const RowInputs& inputs, int64_t first, int64_t last, float* y, int64_t stride) {
     rows_portable(layout, inputs, first, last, y, stride);
