@@ -38,6 +38,7 @@ from tersor.api import compress_for
 from tersor.codecs import parse
 from tersor.runtime.decoding import Decoder
 from tersor.runtime.packed import Packed, adopt
+from tersor.stages.session import Style, open_session
 
 CONTEXT = 256
 BIG = LlamaConfig(
@@ -184,6 +185,48 @@ def ratio(result: dict[str, Any], one: str, other: str) -> float:
     return statistics.median(a / b for a, b in zip(result[one]["all"], result[other]["all"], strict=True))
 
 
+PROMPTS = (
+    "What is a tensor?",
+    "Write a short poem about the sea.",
+    "Explain why the sky is blue.",
+    "List three uses of copper.",
+    "How do I sort a list in Python?",
+    "Who was Ada Lovelace?",
+    "Translate 'good morning' into French.",
+    "What is 17 times 3?",
+    "Describe a cat to someone who has never seen one.",
+    "Give me a recipe for pancakes.",
+)
+
+
+def agreement(artifact: Path, tokens: int = 128) -> dict[str, Any]:
+    """How often the compiled step's greedy token is the likeliest of the decoded weights in float32 by transformers.
+
+    Both are given the same text so far; where they differ, ``behind`` is how far the step's token is from the
+    likeliest, in standard deviations of the logits.
+    """
+    session = open_session(artifact, trust_remote_code=False)
+    session.prepare(CONTEXT, torch.float32)
+    assert session.decoder is not None, session.fallback
+    written = []
+    for prompt in PROMPTS:
+        ids = session.encode(prompt)
+        session.write(ids, tokens=tokens, style=Style())
+        written.append((len(ids), list(session.remembered)))
+    session.decoder = None
+    model = session.model.dequantize()
+    same, behind = 0, []
+    for given, ids in written:
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, given - 1 : -1].float()
+        chosen = torch.tensor(ids[given:])
+        best = logits.max(1)
+        same += int((best.indices == chosen).sum())
+        short = (best.values - logits.gather(1, chosen[:, None])[:, 0]) / logits.std(1)
+        behind += [float(value) for value in short[best.indices != chosen]]
+    return {"tokens": sum(len(ids) - given for given, ids in written), "same": same, "behind": behind}
+
+
 def small(given: argparse.Namespace, program: Path) -> dict[str, Any]:
     """SmolLM2-135M at 4 bits."""
     packed, plain = given.work / "int4", given.work / "q4_0.gguf"
@@ -218,6 +261,7 @@ def small(given: argparse.Namespace, program: Path) -> dict[str, Any]:
         "transformers bf16": ratio(result, "tersor int4:g32", "transformers bf16"),
     }
     result["memory"] = memory(packed, given.tokens)
+    result["agreement"] = {artifact.name: agreement(artifact) for artifact in (packed, *given.artifact)}
     return result
 
 

@@ -33,7 +33,8 @@ FORMATS = {
     "int2:g64": 0.6,
     "int4:row": None,
     "int4:g32:asym": None,
-    "fp4e2m1:g32": None,
+    "fp4:e2m1:g32": None,
+    "bin:row": None,
     "ternary:row": 0.6,
     "lut4:row": 0.6,
     "lut3:row": 0.6,
@@ -44,7 +45,8 @@ FORMATS = {
     "rot(trellis2:L12)": None,
     "rot(trellis4:L10)": None,
 }
-"""Codecs, and the least share of the reading speed that they are to reach."""
+"""Codecs, and the least share of the reading speed that they are to reach with all threads."""
+MOST = torch.get_num_threads()
 SHAPES = ((4096, 4096), (4096, 14336))
 CACHES = 512 << 20
 """Bytes that are surely more than all caches hold."""
@@ -116,6 +118,7 @@ def measure(text: str, shape: Shape, *, threads: int, turns: int) -> dict[str, A
         "bytes_per_second": {name: speed[name] for name in ("int16", "int8")},
         "share_of_reading": share,
         "times_bf16_linear": faster,
+        "all_threads": threads == MOST,
         "aim": FORMATS.get(text),
     }
 
@@ -126,7 +129,11 @@ def line(row: dict[str, Any]) -> str:
     if not row["kernel"]:
         return f"{head} no kernel"
     share, faster = row["share_of_reading"], row["times_bf16_linear"]
-    aim = "" if row["aim"] is None else f"  aim {row['aim']:.1f}: {'met' if share['int16'] >= row['aim'] else 'missed'}"
+    aim = (
+        ""
+        if row["aim"] is None or not row["all_threads"]
+        else f"  aim {row['aim']:.1f}: {'met' if share['int16'] >= row['aim'] else 'missed'}"
+    )
     return (
         f"{head} {row['bits']:5.2f} bits  {row['bytes_per_second']['int16'] / 1e9:6.1f} GB/s of "
         f"{row['read_bytes_per_second'] / 1e9:5.1f}  share {share['int16']:.2f} (8-bit inputs {share['int8']:.2f}, "
@@ -137,7 +144,7 @@ def line(row: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="measure the codecs whose text begins so, and write nothing")
-    parser.add_argument("--threads", type=int, nargs="*", default=[1, torch.get_num_threads()])
+    parser.add_argument("--threads", type=int, nargs="*", default=[1, MOST])
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "kernels.json")
     options = parser.parse_args(arguments)

@@ -99,6 +99,15 @@ def decode(found: dict[str, Any]) -> list[str]:
         text += ["| | tokens/s |", "|---|---|", *(f"| {name} | {value:.1f} |" for name, value in rows.items())]
         for name, value in found[part].get("ratios", {}).items():
             text += ["", f"Ratio, {name}: {value:.2f} (median of neighbours)."]
+        for name, one in found[part].get("agreement", {}).items():
+            text += [
+                "",
+                f"Greedy tokens of `{name}` on ten prompts: {one['same']} of {one['tokens']} are the likeliest of",
+            ]
+            text += ["the decoded weights in float32, run by transformers; the others are behind by"]
+            text += [
+                f"{', '.join(f'{value:.1e}' for value in one['behind']) or '0'} standard deviations of the logits."
+            ]
         if "memory" in found[part]:
             memory = found[part]["memory"]
             text += [
