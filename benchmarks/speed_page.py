@@ -60,7 +60,7 @@ def kernels(found: dict[str, Any]) -> list[str]:
         "",
         f"Bytes of packed weight per second, as a share of what plain reading of memory reaches in the same run "
         f"({found['instructions']}; medians of ratios of neighbours). Inputs are rounded to 16 bits, or to "
-        f"8 on request. Bars beyond 1 come of noise.",
+        f"8 on request..",
     ]
     for shape in shapes:
         here = [row for row in lines if tuple(row["shape"]) == shape and row["threads"] == most]
