@@ -18,6 +18,7 @@ from tersor.anatomy import analyse, open_source, skeleton
 from tersor.artifact import Artifact, open_artifact
 from tersor.contracts import Anatomy
 from tersor.errors import UnknownArchitecture
+from tersor.runtime.products import decoded_only
 
 Ready = Callable[..., Path]
 Compress = Callable[..., api.Result]
@@ -95,8 +96,12 @@ def test_a_family_end_to_end(family: str, ready: Ready, compress: Compress) -> N
 
     anatomy = anatomy_of(folder)
     _every_tensor_is_accounted_for(anatomy, artifact, result)
-    packed = logits(AutoModelForCausalLM.from_pretrained(result.folder).eval())
-    torch.testing.assert_close(packed, logits(plain_model(folder, artifact, anatomy)), rtol=1e-5, atol=1e-5)
+    packed = AutoModelForCausalLM.from_pretrained(result.folder).eval()
+    wanted = logits(plain_model(folder, artifact, anatomy))
+    with decoded_only():
+        torch.testing.assert_close(logits(packed), wanted, rtol=1e-5, atol=1e-5)
+    # Compiled products round inputs to 16 bits.
+    assert float((logits(packed) - wanted).abs().max()) < 1e-3 * float(wanted.std())
 
 
 def _every_tensor_is_accounted_for(anatomy: Anatomy, artifact: Artifact, result: api.Result) -> None:
