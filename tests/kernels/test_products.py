@@ -204,3 +204,28 @@ def test_stored_tensors_are_used_where_they_lie():
     after = products.multiply(product, x)
     assert not torch.equal(before[:, 0], after[:, 0])
     assert torch.equal(before[:, 1:], after[:, 1:])
+
+
+def test_a_weight_without_rows_gives_nothing():
+    described = _weight(17, 1, 64, 4, 32, "fp16", "middle")
+    for name in ("codes", "scale"):
+        described[name] = described[name][:0]
+    assert products.multiply(products.row_codes(**described), _inputs(18, 2, 64)).shape == (2, 0)
+
+
+def test_many_products_of_other_numbers_of_parts_one_after_the_other():
+    """Threads that are late for one job meet the next, which has more parts or fewer."""
+    before = torch.get_num_threads()
+    several = [
+        products.row_codes(**_weight(19 + i, rows, 128, 4, 32, "fp16", "middle"))
+        for i, rows in enumerate((900, 70, 2000))
+    ]
+    x = _inputs(20, 1, 128)
+    wanted = [products.multiply(product, x) for product in several]
+    torch.set_num_threads(4)
+    try:
+        for _ in range(700):
+            for product, one in zip(several, wanted, strict=True):
+                assert torch.equal(products.multiply(product, x), one)
+    finally:
+        torch.set_num_threads(before)

@@ -175,3 +175,14 @@ def test_refuses_what_does_not_fit() -> None:
     made = products_trellis.trellis(**stored, code=code, tile=64)
     with pytest.raises(ValueError, match="33 columns, the weight 32"):
         products.multiply(made, torch.zeros(1, 33))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_tiles_whose_rings_fill_no_bytes(level: str) -> None:
+    code, tile, rows = _code(1, 8), 10, 18
+    draw = torch.Generator().manual_seed(3)
+    codes = torch.randint(256, (2, 12, 2), generator=draw, dtype=torch.uint8)
+    scale, x = torch.rand(rows, 1, generator=draw).half(), _inputs(4, 3, 12)
+    products._products.limit_isa(level)
+    made = products_trellis.trellis(codes, scale, code, tile=tile)
+    assert torch.equal(products.multiply(made, x), products_trellis.product(codes, scale, code, x, tile=tile))

@@ -124,6 +124,32 @@ def test_attention(dtype: torch.dtype, heads: int, group: int, dim: int, window:
     agree([(found[0], found[1])], 4e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_values_left_from_another_text_are_not_touched(dtype: torch.dtype) -> None:
+    keys, values = step.make_cache(2, CONTEXT, 8, dtype)
+    q, k, v, y = (torch.randn(TOKENS, 16) for _ in range(4))
+    program = step.Program(TOKENS, CONTEXT)
+    program.attention(q, k, v, y, keys=keys, values=values, scale=1.0, window=0, cap=0.0)
+    v[1:], k[1:] = torch.nan, torch.inf
+    program.run(0, 1, tokens=3, position=0)
+    program.run(0, 1, tokens=1, position=0)
+    assert bool(y[0].isfinite().all())
+
+
+def test_what_is_not_a_number_stays_so() -> None:
+    program, x, y = step.Program(TOKENS, CONTEXT), torch.randn(TOKENS, 20), torch.ones(TOKENS, 20)
+    x[0, 3] = torch.nan
+    program.soft_cap(x, 30.0)
+    program.run(0, 1, tokens=TOKENS, position=0)
+    assert bool(x[0, 3].isnan())
+    assert bool(x[0, 4:].isfinite().all())
+    for activation in ("silu", "gelu_tanh"):
+        gated, program = torch.ones(TOKENS, 20), step.Program(TOKENS, CONTEXT)
+        program.gate(x, y, gated, activation)
+        program.run(0, 1, tokens=TOKENS, position=0)
+        assert bool(gated[0, 3].isnan())
+
+
 def test_a_cache_takes_no_memory_before_it_is_used() -> None:
     process = psutil.Process()
     before = process.memory_info().rss

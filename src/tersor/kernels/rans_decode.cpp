@@ -217,7 +217,7 @@ std::pair<std::vector<int32_t>, std::vector<int64_t>> Stream::names(MatB shrink,
             if (bad) return;
             uint16_t *to = names.data() + r * columns_, *of = room.get() + FARTHEST;
             for (size_t c = 0; c < columns_; ++c) {
-                if (__builtin_expect(of[fine[c]] == 0, 0)) {
+                if (of[fine[c]] == 0) {
                     if (numbers.size() == 65535) {
                         bad = true;
                         return;
@@ -261,7 +261,7 @@ std::vector<int64_t> pack_names(MatH names, VecH code_of, int bits, Out<uint8_t,
                 known &= from[c] < code_of.shape(0);
                 if (!known) break;
                 const uint16_t code = code_of.data()[from[c]];
-                if (__builtin_expect(code >> 15, 0)) rare.push_back(static_cast<int64_t>(r * columns + c));
+                if (code >> 15) rare.push_back(static_cast<int64_t>(r * columns + c));
                 word |= static_cast<uint64_t>(code & 0x7fff) << filled;
                 filled += bits;
                 for (; filled >= 8; filled -= 8, word >>= 8) *to++ = static_cast<uint8_t>(word);

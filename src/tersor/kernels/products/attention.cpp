@@ -68,8 +68,8 @@ class Attention : public Operation {
         for (int q = 0; q < count; ++q)
             factors[q] = 1.0f / step.loops.soft_max(scores.data() + q * n, n, from - block * BLOCK,
                                                     position + 1 - block * BLOCK, set_.scale, set_.cap);
-        step.loops.weigh(values, cache_.half, n, cache_.padded, scores.data(), count, factors, set_.y.row(t) + at, dim,
-                         dim);
+        step.loops.weigh(values, cache_.half, n, from - block * BLOCK, position + 1 - block * BLOCK, cache_.padded,
+                         scores.data(), count, factors, set_.y.row(t) + at, dim, dim);
     }
 
     const Cache cache_;

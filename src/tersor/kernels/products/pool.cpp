@@ -6,7 +6,9 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -39,19 +41,16 @@ class Pool {
 
     void run(int64_t parts, int threads, Work work, const void* context) {
         std::lock_guard<std::mutex> one(caller_);
-        const int helpers = static_cast<int>(std::min<int64_t>(threads, parts)) - 1;
-        while (static_cast<int>(threads_.size()) < helpers) {
-            const int number = static_cast<int>(threads_.size());
-            threads_.emplace_back([this, number] { serve(number); });
-        }
+        const int helpers = grow(static_cast<int>(std::min<int64_t>(threads, parts)) - 1);
         work_.store(work, std::memory_order_relaxed);
         context_.store(context, std::memory_order_relaxed);
         parts_.store(parts, std::memory_order_relaxed);
         helpers_.store(helpers, std::memory_order_relaxed);
         done_.store(0, std::memory_order_relaxed);
+        failure_ = nullptr;
         const uint64_t job = (next_.load(std::memory_order_relaxed) >> 32) + 1;
         // In one order with the count of sleepers: either this sees who goes to sleep, or they see the new job.
-        next_.store(job << 32);
+        next_.store(job << 32 | static_cast<uint64_t>(parts));
         if (asleep_.load() > 0) {
             std::lock_guard<std::mutex> lock(mutex_);
             wake_.notify_all();
@@ -60,19 +59,38 @@ class Pool {
         take_parts(job);
         inside = false;
         while (done_.load(std::memory_order_acquire) < parts) relax();
+        if (failure_) std::rethrow_exception(failure_);
     }
 
   private:
-    // A part is taken by moving `next_` on, which fails for whoever is late and still thinks of an earlier job. While a
-    // part is taken and not done its job cannot end, so what is read of the job before that is of this job.
+    // At least `wanted` helpers, or as many as the system allows.
+    int grow(int wanted) {
+        try {
+            while (static_cast<int>(threads_.size()) < wanted) {
+                const int number = static_cast<int>(threads_.size());
+                threads_.emplace_back([this, number] { serve(number); });
+            }
+        } catch (const std::system_error&) {
+            return static_cast<int>(threads_.size());
+        }
+        return wanted;
+    }
+
+    // A part is taken by making the count of those left smaller, which fails for whoever is late and still thinks of an
+    // earlier job: the job's number is in the same word. While a part is taken and not done its job cannot end, so what
+    // is read after that is of this job. Nothing is thrown from here: the first failure is kept for the caller.
     void take_parts(uint64_t job) {
         for (uint64_t seen = next_.load(std::memory_order_acquire);;) {
-            const int64_t part = static_cast<int64_t>(seen & 0xffffffffu);
-            const Work work = work_.load(std::memory_order_relaxed);
-            const void* context = context_.load(std::memory_order_relaxed);
-            if (seen >> 32 != job || part >= parts_.load(std::memory_order_relaxed)) return;
-            if (!next_.compare_exchange_weak(seen, seen + 1, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
-            work(part, context);
+            const int64_t left = static_cast<int64_t>(seen & 0xffffffffu);
+            if (seen >> 32 != job || left == 0) return;
+            if (!next_.compare_exchange_weak(seen, seen - 1, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
+            const int64_t part = parts_.load(std::memory_order_relaxed) - left;
+            try {
+                work_.load(std::memory_order_relaxed)(part, context_.load(std::memory_order_relaxed));
+            } catch (...) {
+                std::lock_guard<std::mutex> lock(mutex_);
+                if (!failure_) failure_ = std::current_exception();
+            }
             done_.fetch_add(1, std::memory_order_release);
             seen = next_.load(std::memory_order_acquire);
         }
@@ -114,12 +132,13 @@ class Pool {
 
     std::mutex caller_, mutex_;
     std::condition_variable wake_;
-    std::atomic<uint64_t> next_{0};  // the job's number in the high half, its next part in the low one
+    std::atomic<uint64_t> next_{0};  // the job's number in the high half, how many of its parts are left in the low one
     std::atomic<Work> work_{nullptr};
     std::atomic<const void*> context_{nullptr};
     std::atomic<int64_t> parts_{0}, done_{0};
     std::atomic<int> helpers_{0}, asleep_{0};
     std::atomic<bool> stopping_{false};
+    std::exception_ptr failure_;
     std::vector<std::thread> threads_;
 };
 

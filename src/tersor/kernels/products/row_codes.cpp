@@ -253,7 +253,7 @@ class RowCodes final : public Product {
         const int64_t kept = tokens > 4 ? std::max<int64_t>((1 << 18) / layout_.row_bytes, 8) : rows;
         const int64_t least = std::max<int64_t>((1 << 14) / layout_.row_bytes, 8);
         const int64_t share = options.threads > 1 ? rows / (4 * options.threads) : rows;
-        const int64_t part = (std::min(std::max(share, least), kept) + 7) / 8 * 8;
+        const int64_t part = std::max<int64_t>((std::min(std::max(share, least), kept) + 7) / 8 * 8, 8);
         parallel((rows + part - 1) / part, options.threads, [&](int64_t i) {
             loop(layout_, inputs, i * part, std::min(rows, (i + 1) * part), y, stride);
         });

@@ -35,8 +35,9 @@ struct Loops {
     // Scores to weights exp(scale * s - greatest), capped first where cap > 0, in [first, last); zeros elsewhere in
     // [0, n). Returns their sum.
     float (*soft_max)(float* scores, int64_t n, int64_t first, int64_t last, float scale, float cap);
-    // out[q] = factors[q] * sum over positions of weights[q][position] * values[position], dim each.
-    void (*weigh)(const void* values, bool half, int64_t positions, int64_t padded, const float* weights, int count,
+    // out[q] = factors[q] * sum over positions in [first, last) of weights[q][position] * values[position], dim each; weights
+    // have room for `positions`. Other values are not touched, as they may be left from another text and not be finite.
+    void (*weigh)(const void* values, bool half, int64_t positions, int64_t first, int64_t last, int64_t padded, const float* weights, int count,
                   const float* factors, float* out, int64_t out_stride, int64_t dim);
 };
 

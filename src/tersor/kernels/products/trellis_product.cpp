@@ -50,7 +50,8 @@ class TrellisProduct final : public Product {
                     : level == Isa::avx2 ? avx2(code_->bits, code_->window)
                                          : nullptr;
         std::vector<int16_t> joined;
-        if (level != Isa::avx512 || loop == nullptr || !whole(rows - (stored_.tiles - 1) * stored_.tile)) {
+        const bool all_whole = whole(rows_of(stored_.tiles - 1)) && (stored_.tiles == 1 || whole(stored_.tile));
+        if (level != Isa::avx512 || loop == nullptr || !all_whole) {
             joined.resize(tokens * planes.width);
             for (int64_t t = 0; t < tokens; ++t)
                 for (int64_t c = 0; c < columns; ++c)

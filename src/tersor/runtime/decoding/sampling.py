@@ -20,6 +20,10 @@ class Decodes(Protocol):
     def feed(self, ids: Sequence[int], /) -> Tensor: ...
 
 
+_COLD = 1e-3
+"""Below this temperature only the likeliest token is ever drawn, and scores may overflow."""
+
+
 class Chooser:
     """Picks a token: the likeliest at ``temperature`` 0, else one drawn by a generator of its own.
 
@@ -35,7 +39,7 @@ class Chooser:
         best = int(logits.argmax())
         if not bool(torch.isfinite(logits[best])):
             raise NotFinite("The model gave logits that are not finite numbers.")
-        if self.temperature == 0:
+        if self.temperature < _COLD:
             return best
         scores = logits / self.temperature
         if self.top_k:
@@ -44,6 +48,7 @@ class Chooser:
         if self.top_p < 1:
             ordered, places = scores.sort(descending=True)
             before = ordered.softmax(0).cumsum(0) - ordered.softmax(0)
+            before[0] = -1.0  # the likeliest stays, whatever the share
             scores = scores.index_fill(0, places[before >= self.top_p], -torch.inf)
         return int(torch.multinomial(scores.softmax(0), 1, generator=self._generator))
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from tersor.errors import NotFinite
 from tersor.runtime.decoding import Decoder
 from tersor.runtime.decoding.decoder import CHUNK
 
@@ -37,7 +38,7 @@ class Quick:
         self._begins = True
 
     def forward(self, input_ids: torch.Tensor, attention_mask: Any = None, **_options: Any) -> CausalLMOutputWithPast:
-        """Logits ``(1, 1, vocabulary)`` float32 after the last of ``input_ids (1, tokens)``."""
+        """Logits ``(1, 1, vocabulary)`` float32 after the last of ``input_ids (1, tokens)``. Raises NotFinite."""
         ids = input_ids[0].tolist()
         if self._begins or ids[:-1] != self._ids:
             known = min(_common(self._ids[: self._chunked], ids[:-1]), self._decoder.position) // CHUNK * CHUNK
@@ -51,6 +52,9 @@ class Quick:
             self._go_on()
             logits = self._decoder.feed(ids[start : start + _PIECE])
             self._ids = ids[: start + _PIECE]
+        if not bool(logits.max().isfinite()):
+            self._ids = []  # nothing is taken over from this text
+            raise NotFinite("The model gave logits that are not finite numbers.")
         return CausalLMOutputWithPast(logits=logits.clone()[None, None])
 
 
