@@ -1,14 +1,9 @@
 #include "activations.h"
+#include "clones.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-
-#if defined(__x86_64__) && defined(__GNUC__) && defined(__linux__)
-#define TERSOR_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define TERSOR_CLONES
-#endif
 
 namespace tersor {
 namespace {

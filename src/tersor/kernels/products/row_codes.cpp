@@ -7,14 +7,10 @@
 
 #include "bind.h"
 #include "pool.h"
+#include "clones.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
-#endif
-#if defined(__x86_64__) && defined(__GNUC__) && defined(__linux__)
-#define TERSOR_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define TERSOR_CLONES
 #endif
 
 namespace tersor {
