@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tersor.kernels import reference_step, step
+from tersor.kernels import products_composed, reference_step, step
 
 pytestmark = pytest.mark.skipif(not step.available, reason="products were not compiled")
 
@@ -197,16 +197,17 @@ def test_steps_of_any_length_and_threads_give_the_same_bits() -> None:
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-def test_products_with_a_bias() -> None:
+def test_products_of_the_same_inputs() -> None:
     from tersor.kernels import _products
 
-    weight, bias = torch.randn(24, 40), torch.randn(24)
-    dense = _products.dense(weight.numpy(), "fp32")
+    weights, bias = [torch.randn(rows, 40) for rows in (24, 7, 130)], torch.randn(24)
+    made = [_products.dense(weight.numpy(), "fp32") for weight in weights]
 
-    def build(program: Any, x: Tensor, y: Tensor) -> None:
-        program.product(x, y[:, 3:27], dense if isinstance(program, step.Program) else weight, bias)
+    def build(program: Any, x: Tensor, y: Tensor, more: Tensor) -> None:
+        ours = made if isinstance(program, step.Program) else weights
+        program.products(x, (y[:, 3:27], ours[0], bias), (y[:, 27:34], ours[1], None), (more, ours[2], None))
 
-    agree(both(build, torch.randn(TOKENS, 40), torch.zeros(TOKENS, 30)), 1e-5)
+    agree(both(build, torch.randn(TOKENS, 40), torch.zeros(TOKENS, 36), torch.zeros(TOKENS, 130)), 1e-5)
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -229,6 +230,16 @@ def test_what_does_not_fit_is_refused() -> None:
         program.attention(x, x[:, :8], x[:, :8], x, keys=keys[:, :1], values=values[:, :1], scale=1.0)
     with pytest.raises(ValueError, match="shared evenly"):
         program.attention(x[:, :12], x[:, :8], x[:, :8], x[:, :12], keys=keys, values=values, scale=1.0)
+    weight = torch.randn(24, 16)
+    dense = products_composed.dense(weight)
+    with pytest.raises(ValueError, match="its 24 rows"):
+        program.products(x, (torch.zeros(4, 23), dense, None))
+    with pytest.raises(ValueError, match="its 16 columns"):
+        program.products(x[:, :15], (torch.zeros(4, 24), dense, None))
+    with pytest.raises(ValueError, match="for every output"):
+        program.products(x, (torch.zeros(4, 24), dense, torch.zeros(23)))
+    with pytest.raises(ValueError, match="for every product"):
+        program.products(x)
     with pytest.raises(ValueError, match="an activation is"):
         program.gate(x, x, x, "swish")
     assert program.size == 0

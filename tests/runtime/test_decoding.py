@@ -131,7 +131,7 @@ def test_layers_without_a_product_are_run_by_torch(monkeypatch: pytest.MonkeyPat
     decoder = Decoder.of(model, context=len(PROMPT) + TOKENS)
     assert sum(stretch.host is not None for stretch in decoder._step.stretches) == 3
     assert written(decoder) == greedy(model)
-    assert decoder.timings(3)["product"] > 0
+    assert decoder.timings(3)["products"] > 0
 
 
 def test_logits_do_not_depend_on_how_a_text_is_fed() -> None:

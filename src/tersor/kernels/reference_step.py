@@ -22,9 +22,12 @@ class Program:
     def _push(self, run: Run) -> None:
         self._runs.append((run, self._alone))
 
-    def product(self, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    def products(self, x: Tensor, *targets: tuple[Tensor, Tensor, Tensor | None]) -> None:
+        """``(y, weight, bias or None)`` for each."""
+
         def run(n: int, _: int) -> None:
-            y[:n] = functional.linear(x[:n], weight, bias)
+            for y, weight, bias in targets:
+                y[:n] = functional.linear(x[:n], weight, bias)
 
         self._push(run)
 

@@ -55,9 +55,18 @@ class Program:
             raise RuntimeError("programs were not compiled when tersor was installed")
         self._inner: Any = _products.Program(tokens, context)
 
-    def product(self, x: Tensor, y: Tensor, product: Product, bias: Tensor | None = None) -> None:
-        """``y = x Wᵀ + bias``, with ``x (tokens, in)`` contiguous and ``y (tokens, out)``."""
-        self._inner.product(_array(x), _array(y), product, None if bias is None else _array(bias))
+    def products(self, x: Tensor, *targets: tuple[Tensor, Product, Tensor | None]) -> None:
+        """``y = x Wᵀ + bias`` for each ``(y, product with W, bias or None)``, all of the same ``x (tokens, in)``.
+
+        ``x`` is contiguous; ``y (tokens, out)``. What products take of their inputs is made once where they agree on
+        it, and all of them share the threads.
+        """
+        outputs, products, biases = [], [], []
+        for y, product, bias in targets:
+            outputs.append(_array(y))
+            products.append(product)
+            biases.append(None if bias is None else _array(bias))
+        self._inner.products(_array(x), outputs, products, biases)
 
     def norm(
         self, x: Tensor, y: Tensor, weight: Tensor, *, eps: float, bias: Tensor | None = None, centred: bool = False

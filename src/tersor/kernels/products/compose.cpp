@@ -4,10 +4,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
+#include <utility>
 
 #include "bind.h"
 #include "pool.h"
 #include "clones.h"
+#include "together.h"
 
 namespace tersor {
 namespace {
@@ -91,6 +94,17 @@ void require_width(const ProductPtr& inner, int64_t columns, const char* what) {
                 std::to_string(inner ? inner->columns : 0) + " columns");
 }
 
+// What `inner` takes of changed inputs. These live as long as it does, as it may point to them.
+ReadyPtr ready_from(const Product& inner, Buffer changed, int64_t tokens, const Options& options) {
+    struct Both {
+        Buffer inputs;
+        ReadyPtr ready;
+    };
+    const auto both = std::make_shared<Both>(Both{std::move(changed), nullptr});
+    both->ready = inner.ready(both->inputs.data(), tokens, options);
+    return ReadyPtr(both, both->ready.get());
+}
+
 class Rotated final : public Product {
   public:
     Rotated(ProductPtr inner, Buffer signs, Buffer cosines, int64_t odd)
@@ -101,6 +115,23 @@ class Rotated final : public Product {
           odd_(odd) {}
 
     void apply(const float* x, int64_t tokens, float* y, int64_t stride, const Options& options) const override {
+        inner_->apply(turn(x, tokens, options).data(), tokens, y, stride, options);
+    }
+    bool in_steps() const override { return inner_->in_steps(); }
+    bool takes_ready_of(const Product& other) const override {
+        const auto* rotated = dynamic_cast<const Rotated*>(&other);
+        return rotated != nullptr && signs_ == rotated->signs_ && cosines_ == rotated->cosines_ &&
+               inner_->takes_ready_of(*rotated->inner_);
+    }
+    ReadyPtr ready(const float* x, int64_t tokens, const Options& options) const override {
+        return ready_from(*inner_, turn(x, tokens, options), tokens, options);
+    }
+    std::unique_ptr<Job> begin(ReadyPtr inputs, float* y, int64_t stride, const Options& options) const override {
+        return inner_->begin(std::move(inputs), y, stride, options);
+    }
+
+  private:
+    Buffer turn(const float* x, int64_t tokens, const Options& options) const {
         Buffer turned(tokens * columns), work(odd_ > 1 ? tokens * columns : 0);
         parallel(tokens, options.threads, [&](int64_t t) {
             float* to = turned.data() + t * columns;
@@ -109,10 +140,9 @@ class Rotated final : public Product {
             butterflies(at, columns, columns / odd_);
             if (odd_ > 1) mix(cosines_.data(), at, odd_, columns / odd_, to);
         });
-        inner_->apply(turned.data(), tokens, y, stride, options);
+        return turned;
     }
 
-  private:
     ProductPtr inner_;
     Buffer signs_, cosines_;
     int64_t odd_;
@@ -193,13 +223,28 @@ class Scaled final : public Product {
         : Product(inner->rows, inner->columns), inner_(std::move(inner)), factors_(std::move(factors)) {}
 
     void apply(const float* x, int64_t tokens, float* y, int64_t stride, const Options& options) const override {
-        Buffer scaled(tokens * columns);
-        for (int64_t t = 0; t < tokens; ++t)
-            multiply(x + t * columns, factors_.data(), columns, scaled.data() + t * columns);
-        inner_->apply(scaled.data(), tokens, y, stride, options);
+        inner_->apply(scale(x, tokens).data(), tokens, y, stride, options);
+    }
+    bool in_steps() const override { return inner_->in_steps(); }
+    bool takes_ready_of(const Product& other) const override {
+        const auto* scaled = dynamic_cast<const Scaled*>(&other);
+        return scaled != nullptr && factors_ == scaled->factors_ && inner_->takes_ready_of(*scaled->inner_);
+    }
+    ReadyPtr ready(const float* x, int64_t tokens, const Options& options) const override {
+        return ready_from(*inner_, scale(x, tokens), tokens, options);
+    }
+    std::unique_ptr<Job> begin(ReadyPtr inputs, float* y, int64_t stride, const Options& options) const override {
+        return inner_->begin(std::move(inputs), y, stride, options);
     }
 
   private:
+    Buffer scale(const float* x, int64_t tokens) const {
+        Buffer scaled(tokens * columns);
+        for (int64_t t = 0; t < tokens; ++t)
+            multiply(x + t * columns, factors_.data(), columns, scaled.data() + t * columns);
+        return scaled;
+    }
+
     ProductPtr inner_;
     Buffer factors_;
 };
@@ -226,14 +271,31 @@ class Stacked final : public Product {
     Stacked(std::vector<ProductPtr> all, int64_t rows, int64_t columns) : Product(rows, columns), all_(std::move(all)) {}
 
     void apply(const float* x, int64_t tokens, float* y, int64_t stride, const Options& options) const override {
-        for (const ProductPtr& one : all_) {
-            one->apply(x, tokens, y, stride, options);
-            y += one->rows;
-        }
+        all_.apply(x, tokens, outputs(y, stride), options);
+    }
+    bool in_steps() const override { return all_.in_steps(); }
+    bool takes_ready_of(const Product& other) const override {
+        const auto* stacked = dynamic_cast<const Stacked*>(&other);
+        return stacked != nullptr && all_.takes_ready_of(stacked->all_);
+    }
+    ReadyPtr ready(const float* x, int64_t tokens, const Options& options) const override {
+        return all_.ready(x, tokens, options);
+    }
+    std::unique_ptr<Job> begin(ReadyPtr inputs, float* y, int64_t stride, const Options& options) const override {
+        return all_.begin(std::move(inputs), outputs(y, stride), options);
     }
 
   private:
-    std::vector<ProductPtr> all_;
+    std::vector<Output> outputs(float* y, int64_t stride) const {
+        std::vector<Output> found;
+        for (const ProductPtr& one : all_.all()) {
+            found.push_back({y, stride});
+            y += one->rows;
+        }
+        return found;
+    }
+
+    Together all_;
 };
 
 ProductPtr stacked(std::vector<ProductPtr> all) {

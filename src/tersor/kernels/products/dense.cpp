@@ -2,9 +2,12 @@
 // from left to right, so that an output is the same bits whatever tokens and rows are worked on with it.
 #include <algorithm>
 #include <cstring>
+#include <memory>
+#include <utility>
 
 #include "bind.h"
 #include "pool.h"
+#include "together.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define TERSOR_X86 1
@@ -162,6 +165,14 @@ void one_span(const Span& span) {
 
 using Array = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
 
+// Inputs as they are.
+struct PlainInputs final : Ready {
+    PlainInputs(const float* x, int64_t tokens) : x(x), tokens(tokens) {}
+
+    const float* x;
+    int64_t tokens;
+};
+
 class Dense final : public Product {
   public:
     Dense(Array weight, Kind kind)
@@ -170,24 +181,59 @@ class Dense final : public Product {
           kind_(kind) {}
 
     void apply(const float* x, int64_t tokens, float* y, int64_t stride, const Options& options) const override {
-        const int64_t row_bytes = columns * (kind_ == Kind::fp32 ? 4 : 2);
-        // Few rows at a time where there are many tokens: they are read again for every four of those.
-        const int64_t part = std::clamp<int64_t>((1 << 17) / std::max<int64_t>(row_bytes, 1) / 8 * 8, 8, 64);
-        const uint8_t* weight = static_cast<const uint8_t*>(weight_.data());
-        parallel((rows + part - 1) / part, options.threads, [&](int64_t i) {
-            const int64_t first = i * part;
-            const Span span{weight + first * row_bytes, row_bytes, columns, std::min(rows - first, part), x, tokens,
-                            y + first, stride};
-            if (kind_ == Kind::bf16) one_span<Kind::bf16>(span);
-            if (kind_ == Kind::fp16) one_span<Kind::fp16>(span);
-            if (kind_ == Kind::fp32) one_span<Kind::fp32>(span);
-        });
+        apply_in_steps(*this, x, tokens, {y, stride}, options);
+    }
+    bool in_steps() const override { return true; }
+    bool takes_ready_of(const Product& other) const override { return dynamic_cast<const Dense*>(&other) != nullptr; }
+    ReadyPtr ready(const float* x, int64_t tokens, const Options&) const override {
+        return std::make_shared<PlainInputs>(x, tokens);
+    }
+    std::unique_ptr<Job> begin(ReadyPtr inputs, float* y, int64_t stride, const Options&) const override;
+
+    void rows_from(int64_t first, int64_t count, const PlainInputs& inputs, float* y, int64_t stride) const {
+        const Span span{static_cast<const uint8_t*>(weight_.data()) + first * row_bytes(), row_bytes(), columns,
+                        std::min(rows - first, count), inputs.x, inputs.tokens, y + first, stride};
+        if (kind_ == Kind::bf16) one_span<Kind::bf16>(span);
+        if (kind_ == Kind::fp16) one_span<Kind::fp16>(span);
+        if (kind_ == Kind::fp32) one_span<Kind::fp32>(span);
+    }
+
+    // Few rows at a time where there are many tokens: they are read again for every four of those.
+    int64_t rows_of_part() const {
+        return std::clamp<int64_t>((1 << 17) / std::max<int64_t>(row_bytes(), 1) / 8 * 8, 8, 64);
     }
 
   private:
+    int64_t row_bytes() const { return columns * (kind_ == Kind::fp32 ? 4 : 2); }
+
     Array weight_;  // (rows, columns)
     Kind kind_;
 };
+
+class DenseJob final : public Job {
+  public:
+    DenseJob(const Dense& weight, ReadyPtr inputs, float* y, int64_t stride)
+        : Job((weight.rows + weight.rows_of_part() - 1) / weight.rows_of_part()),
+          weight_(weight),
+          inputs_(std::move(inputs)),
+          y_(y),
+          stride_(stride) {}
+
+    void run(int64_t part) const override {
+        const int64_t each = weight_.rows_of_part();
+        weight_.rows_from(part * each, each, static_cast<const PlainInputs&>(*inputs_), y_, stride_);
+    }
+
+  private:
+    const Dense& weight_;
+    const ReadyPtr inputs_;
+    float* const y_;
+    const int64_t stride_;
+};
+
+std::unique_ptr<Job> Dense::begin(ReadyPtr inputs, float* y, int64_t stride, const Options&) const {
+    return std::make_unique<DenseJob>(*this, std::move(inputs), y, stride);
+}
 
 ProductPtr dense(Array weight, const std::string& name) {
     require(name == "bf16" || name == "fp16" || name == "fp32", "weights are bf16, fp16 or fp32, not " + name);

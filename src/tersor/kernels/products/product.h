@@ -24,6 +24,25 @@ struct Options {
     Precision precision = Precision::int16;
 };
 
+// Inputs as a product takes them: rotated, rounded to integers, added up in groups. Nothing of its weight is in them, so
+// products of the same inputs can often share them.
+class Ready {
+  public:
+    virtual ~Ready() = default;
+};
+using ReadyPtr = std::shared_ptr<const Ready>;
+
+// A product under way: parts that run in any order on any threads, and `end` after the last of them.
+class Job {
+  public:
+    explicit Job(int64_t parts) : parts(parts) {}
+    virtual ~Job() = default;
+    virtual void run(int64_t part) const = 0;
+    virtual void end() const {}
+
+    const int64_t parts;
+};
+
 // A packed weight (rows, columns) that multiplies. Immutable; any number of callers at once. Stored tensors that it
 // points to are kept alive by whoever made it.
 class Product {
@@ -36,6 +55,13 @@ class Product {
     // For token t < tokens and r < rows: y[t * stride + r] = sum over c of W[r, c] * x[t * columns + c].
     // What comes out is the same bits for any number of threads, and for a token whatever other tokens are with it.
     virtual void apply(const float* x, int64_t tokens, float* y, int64_t stride, const Options& options) const = 0;
+
+    // The same in steps, for products that can be put together (see together.h): `begin` takes what `ready` gave, of
+    // this product or of one that it `takes_ready_of`. Inputs and outputs stay where they are until the job has ended.
+    virtual bool in_steps() const { return false; }
+    virtual bool takes_ready_of(const Product&) const { return false; }
+    virtual ReadyPtr ready(const float*, int64_t, const Options&) const { return nullptr; }
+    virtual std::unique_ptr<Job> begin(ReadyPtr, float*, int64_t, const Options&) const { return nullptr; }
 
     const int64_t rows, columns;
 };

@@ -8,6 +8,7 @@
 #include "bind.h"
 #include "pool.h"
 #include "clones.h"
+#include "together.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
@@ -83,6 +84,11 @@ void RowScales::expand(const RowLayout& layout, int64_t row) {
     }
     unpack_zeros(layout, row, shifted.data());
     for (int64_t g = 0; g < n; ++g) shifted[g] *= scale[g];
+}
+
+bool same_inputs(const RowLayout& one, const RowLayout& other) {
+    return one.columns == other.columns && one.group == other.group && one.slices == other.slices &&
+           fits_avx2(one) == fits_avx2(other);
 }
 
 RowInputs::RowInputs(const Activations& rounded, const RowLayout& layout)
@@ -235,24 +241,66 @@ struct Stored {
     std::optional<In<uint8_t, 2>> zero;
 };
 
+struct RowReady final : Ready {
+    RowReady(const float* x, int64_t tokens, const RowLayout& layout, const Options& options)
+        : rounded(x, tokens, layout.columns, options), inputs(rounded, layout) {}
+
+    const Activations rounded;
+    const RowInputs inputs;
+};
+
+// Several parts for each thread, as threads are not equally fast, but none too small for its own beginning; whole blocks
+// of rows; and for many tokens no more codes than stay near while all tokens take their turn.
+int64_t rows_of_part(const RowLayout& layout, int64_t tokens, const Options& options) {
+    const int64_t kept = tokens > 4 ? std::max<int64_t>((1 << 18) / layout.row_bytes, 8) : layout.rows;
+    const int64_t least = std::max<int64_t>((1 << 14) / layout.row_bytes, 8);
+    const int64_t share = options.threads > 1 ? layout.rows / (4 * options.threads) : layout.rows;
+    return std::max<int64_t>((std::min(std::max(share, least), kept) + 7) / 8 * 8, 8);
+}
+
+class RowJob final : public Job {
+  public:
+    RowJob(const RowLayout& layout, ReadyPtr ready, float* y, int64_t stride, int64_t part)
+        : Job((layout.rows + part - 1) / part),
+          layout_(layout),
+          ready_(std::move(ready)),
+          loop_(isa() == Isa::avx512 ? rows_avx512 : isa() == Isa::avx2 ? rows_avx2 : rows_portable),
+          y_(y),
+          stride_(stride),
+          part_(part) {}
+
+    void run(int64_t part) const override {
+        const int64_t first = part * part_, last = std::min(layout_.rows, first + part_);
+        loop_(layout_, static_cast<const RowReady&>(*ready_).inputs, first, last, y_, stride_);
+    }
+
+  private:
+    const RowLayout& layout_;
+    const ReadyPtr ready_;
+    const RowLoop loop_;
+    float* const y_;
+    const int64_t stride_, part_;
+};
+
 class RowCodes final : public Product {
   public:
     RowCodes(RowLayout layout, Stored stored)
         : Product(layout.rows, layout.columns), layout_(std::move(layout)), stored_(std::move(stored)) {}
 
     void apply(const float* x, int64_t tokens, float* y, int64_t stride, const Options& options) const override {
-        const Activations rounded(x, tokens, columns, options);
-        const RowInputs inputs(rounded, layout_);
-        const RowLoop loop = isa() == Isa::avx512 ? rows_avx512 : isa() == Isa::avx2 ? rows_avx2 : rows_portable;
-        // Several parts for each thread, as threads are not equally fast, but none too small for its own beginning; whole
-        // blocks of rows; and for many tokens no more codes than stay near while all tokens take their turn.
-        const int64_t kept = tokens > 4 ? std::max<int64_t>((1 << 18) / layout_.row_bytes, 8) : rows;
-        const int64_t least = std::max<int64_t>((1 << 14) / layout_.row_bytes, 8);
-        const int64_t share = options.threads > 1 ? rows / (4 * options.threads) : rows;
-        const int64_t part = std::max<int64_t>((std::min(std::max(share, least), kept) + 7) / 8 * 8, 8);
-        parallel((rows + part - 1) / part, options.threads, [&](int64_t i) {
-            loop(layout_, inputs, i * part, std::min(rows, (i + 1) * part), y, stride);
-        });
+        apply_in_steps(*this, x, tokens, {y, stride}, options);
+    }
+    bool in_steps() const override { return true; }
+    bool takes_ready_of(const Product& other) const override {
+        const auto* codes = dynamic_cast<const RowCodes*>(&other);
+        return codes != nullptr && same_inputs(layout_, codes->layout_);
+    }
+    ReadyPtr ready(const float* x, int64_t tokens, const Options& options) const override {
+        return std::make_shared<RowReady>(x, tokens, layout_, options);
+    }
+    std::unique_ptr<Job> begin(ReadyPtr ready, float* y, int64_t stride, const Options& options) const override {
+        const int64_t tokens = static_cast<const RowReady&>(*ready).rounded.tokens;
+        return std::make_unique<RowJob>(layout_, std::move(ready), y, stride, rows_of_part(layout_, tokens, options));
     }
 
   private:

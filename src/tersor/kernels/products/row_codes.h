@@ -60,6 +60,9 @@ struct RowInputs {
     std::vector<int16_t> sixteen;
 };
 
+// Whether the inputs of one layout are those of the other.
+bool same_inputs(const RowLayout& one, const RowLayout& other);
+
 // Scales, and scales times zeros, of one row as floats; with room for whole vectors after the end.
 struct RowScales {
     explicit RowScales(const RowLayout& layout) : scale(layout.groups + 32), shifted(layout.groups + 32) {}

@@ -13,6 +13,7 @@
 
 #include "bind.h"
 #include "pool.h"
+#include "together.h"
 
 namespace tersor {
 namespace {
@@ -29,17 +30,26 @@ void each_token(const Step& step, int64_t width, const F& f) {
     parallel(step.tokens, step.tokens * width < SHARED ? 1 : step.options.threads, f);
 }
 
+// Products of the same inputs, each with outputs of its own.
 struct Multiply : Operation {
-    View x, y;
-    ProductPtr product;
-    const float* bias;
+    View x;
+    std::vector<View> y;
+    Together products;
+    std::vector<const float*> biases;
 
-    Multiply(View x, View y, ProductPtr product, const float* bias) : x(x), y(y), product(product), bias(bias) {}
-    void run(const Step& step) const override {
-        product->apply(x.data, step.tokens, y.data, y.stride, step.options);
-        if (bias != nullptr)
-            for (int64_t t = 0; t < step.tokens; ++t) step.loops.add(bias, y.row(t), y.width);
+    Multiply(View x, std::vector<View> y, std::vector<ProductPtr> products, std::vector<const float*> biases)
+        : x(x), y(std::move(y)), products(std::move(products)), biases(std::move(biases)) {
+        for (const View& to : this->y) outputs_.push_back({to.data, to.stride});
     }
+    void run(const Step& step) const override {
+        products.apply(x.data, step.tokens, outputs_, step.options);
+        for (size_t i = 0; i < y.size(); ++i)
+            if (biases[i] != nullptr)
+                for (int64_t t = 0; t < step.tokens; ++t) step.loops.add(biases[i], y[i].row(t), y[i].width);
+    }
+
+  private:
+    std::vector<Output> outputs_;
 };
 
 // Over stretches of `width` values each: the whole row, or every head.
@@ -133,14 +143,28 @@ class Program {
     Program(const Program&) = delete;
     Program& operator=(const Program&) = delete;
 
-    void product(Rows x, Rows y, ProductPtr product, std::optional<Values> bias) {
-        const View from = view(x, "inputs"), to = view(y, "outputs");
-        require(product != nullptr, "a product is needed");
-        require(from.width == product->columns && from.stride == from.width,
-                "inputs of a product are its " + std::to_string(product->columns) + " columns, with nothing between");
-        require(to.width == product->rows, "outputs of a product are its " + std::to_string(product->rows) + " rows");
-        require(!bias || static_cast<int64_t>(bias->shape(0)) == to.width, "a bias has a value for every output");
-        add_operation<Multiply>(from, to, product, bias ? hold(*bias) : nullptr);
+    void products(Rows x, std::vector<Rows> y, std::vector<ProductPtr> products,
+                  std::vector<std::optional<Values>> biases) {
+        const View from = view(x, "inputs");
+        require(!products.empty() && y.size() == products.size() && biases.size() == products.size(),
+                "there is not a buffer and a bias, or none, for every product");
+        std::vector<View> outputs;
+        std::vector<const float*> added;
+        for (size_t i = 0; i < products.size(); ++i) {
+            const ProductPtr& product = products[i];
+            require(product != nullptr, "a product is needed");
+            require(from.width == product->columns && from.stride == from.width,
+                    "inputs of a product are its " + std::to_string(product->columns) +
+                        " columns, with nothing between");
+            outputs.push_back(view(y[i], "outputs"));
+            require(outputs[i].width == product->rows,
+                    "outputs of a product are its " + std::to_string(product->rows) + " rows");
+            const auto& bias = biases[i];
+            require(!bias || static_cast<int64_t>(bias->shape(0)) == outputs[i].width,
+                    "a bias has a value for every output");
+            added.push_back(bias ? hold(*bias) : nullptr);
+        }
+        add_operation<Multiply>(from, std::move(outputs), std::move(products), std::move(added));
     }
 
     void norm(Rows x, Rows y, Values weight, std::optional<Values> bias, float eps, bool centred) {
@@ -281,7 +305,7 @@ void bind_step(nb::module_& module) {
     using namespace nb::literals;
     nb::class_<Program>(module, "Program")
         .def(nb::init<int64_t, int64_t>(), "tokens"_a, "context"_a)
-        .def("product", &Program::product, "x"_a, "y"_a, "product"_a, "bias"_a.none() = nb::none())
+        .def("products", &Program::products, "x"_a, "y"_a, "products"_a, "biases"_a)
         .def("norm", &Program::norm, "x"_a, "y"_a, "weight"_a, "bias"_a.none(), "eps"_a, "centred"_a)
         .def("rope", &Program::rope, "x"_a, "cosine"_a, "sine"_a, "dim"_a, "neighbours"_a)
         .def("attention", &Program::attention, "q"_a, "k"_a, "v"_a, "y"_a, "keys"_a, "values"_a, "scale"_a, "window"_a,

@@ -33,8 +33,8 @@ struct Loops {
     void (*score)(const void* keys, bool half, int64_t blocks, int64_t dim, const float* queries, int64_t query_stride,
                   int count, float* out);
     // Scores to weights exp(scale * s - greatest), capped first where cap > 0, in [first, last); zeros elsewhere in
-    // [0, n). Returns their sum.
-    float (*soft_max)(float* scores, int64_t n, int64_t first, int64_t last, float scale, float cap);
+    // [0, n), whole blocks. Returns their sum, and the greatest scaled score.
+    float (*soft_max)(float* scores, int64_t n, int64_t first, int64_t last, float scale, float cap, float* greatest);
     // out[q] = factors[q] * sum over positions in [first, last) of weights[q][position] * values[position], dim each; weights
     // have room for `positions`. Other values are not touched, as they may be left from another text and not be finite.
     void (*weigh)(const void* values, bool half, int64_t positions, int64_t first, int64_t last, int64_t padded, const float* weights, int count,

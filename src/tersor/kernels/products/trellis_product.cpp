@@ -5,9 +5,10 @@
 #include <algorithm>
 #include <memory>
 #include <string>
+#include <utility>
 
 #include "bind.h"
-#include "pool.h"
+#include "together.h"
 
 namespace tersor::trellis {
 namespace {
@@ -38,70 +39,59 @@ std::vector<uint8_t> all_laid_out(const Stored& stored, int64_t rows, int64_t co
     return result;
 }
 
+// Rounded inputs, and both planes in one where loops take that.
+struct TrellisReady final : Ready {
+    TrellisReady(const float* x, int64_t tokens, int64_t columns, bool join, const Options& options)
+        : planes(x, tokens, columns, options), joined(join ? tokens * planes.width : 0) {
+        if (!join) return;
+        for (int64_t t = 0; t < tokens; ++t)
+            for (int64_t c = 0; c < columns; ++c)
+                joined[t * planes.width + c] = static_cast<int16_t>(planes.at(t, c));
+    }
+
+    const Activations planes;
+    std::vector<int16_t> joined;
+};
+
+class TrellisJob;
+
 class TrellisProduct final : public Product {
   public:
     TrellisProduct(int64_t rows, int64_t columns, Stored stored, std::unique_ptr<const Code> code)
         : Product(rows, columns), stored_(std::move(stored)), code_(std::move(code)) {}
 
     void apply(const float* x, int64_t tokens, float* y, int64_t stride, const Options& options) const override {
-        const Activations planes(x, tokens, columns, options);
-        const Isa level = isa();
-        Loop loop = level == Isa::avx512 ? avx512(code_->bits, code_->window)
-                    : level == Isa::avx2 ? avx2(code_->bits, code_->window)
-                                         : nullptr;
-        std::vector<int16_t> joined;
-        const bool all_whole = whole(rows_of(stored_.tiles - 1)) && (stored_.tiles == 1 || whole(stored_.tile));
-        if (level != Isa::avx512 || loop == nullptr || !all_whole) {
-            joined.resize(tokens * planes.width);
-            for (int64_t t = 0; t < tokens; ++t)
-                for (int64_t c = 0; c < columns; ++c)
-                    joined[t * planes.width + c] = static_cast<int16_t>(planes.at(t, c));
-        }
-        const Job job{planes, joined.empty() ? nullptr : joined.data(), loop, y, stride};
-        const int64_t span = columns_of_part(options.threads);
-        const int64_t spans = (columns + span - 1) / span;
-        if (spans == 1) {
-            parallel(stored_.tiles, options.threads, [&](int64_t tile) {
-                in_passes(job, tile, 0, columns, [&](int64_t first, int count, const int64_t* sums, const int* places) {
-                    for (int t = 0; t < count; ++t)
-                        for (int64_t row = 0; row < rows_of(tile); ++row)
-                            finish(job, first + t, tile * stored_.tile + row, sums[t * TILE + places[row]]);
-                });
-            });
-            return;
-        }
-        // Few tiles: their columns are shared out too, and the exact sums added up.
-        std::vector<int64_t> totals(spans * tokens * rows);
-        parallel(stored_.tiles * spans, options.threads, [&](int64_t part) {
-            const int64_t tile = part / spans, s = part % spans;
-            in_passes(job, tile, s * span, std::min(columns, (s + 1) * span),
-                      [&](int64_t first, int count, const int64_t* sums, const int* places) {
-                          for (int t = 0; t < count; ++t) {
-                              int64_t* to = totals.data() + (s * tokens + first + t) * rows + tile * stored_.tile;
-                              for (int64_t row = 0; row < rows_of(tile); ++row) to[row] = sums[t * TILE + places[row]];
-                          }
-                      });
-        });
-        for (int64_t t = 0; t < tokens; ++t) {
-            for (int64_t row = 0; row < rows; ++row) {
-                int64_t total = 0;
-                for (int64_t s = 0; s < spans; ++s) total += totals[(s * tokens + t) * rows + row];
-                finish(job, t, row, total);
-            }
-        }
+        apply_in_steps(*this, x, tokens, {y, stride}, options);
     }
+    bool in_steps() const override { return true; }
+    bool takes_ready_of(const Product& other) const override {
+        const auto* trellis = dynamic_cast<const TrellisProduct*>(&other);
+        return trellis != nullptr && columns == trellis->columns && quick() == trellis->quick();
+    }
+    ReadyPtr ready(const float* x, int64_t tokens, const Options& options) const override {
+        return std::make_shared<TrellisReady>(x, tokens, columns, joins(), options);
+    }
+    std::unique_ptr<Job> begin(ReadyPtr inputs, float* y, int64_t stride, const Options& options) const override;
 
   private:
-    struct Job {
-        const Activations& planes;
-        const int16_t* joined;
-        Loop loop;
-        float* y;
-        int64_t stride;
-    };
+    friend TrellisJob;
 
     int64_t rows_of(int64_t tile) const { return std::min(stored_.tile, rows - tile * stored_.tile); }
     bool whole(int64_t tile_rows) const { return tile_rows % unit_rows(code_->bits) == 0; }
+
+    Loop loop() const {
+        const Isa level = isa();
+        return level == Isa::avx512 ? avx512(code_->bits, code_->window)
+               : level == Isa::avx2 ? avx2(code_->bits, code_->window)
+                                    : nullptr;
+    }
+
+    // Whether there are loops with wide vectors for all of its tiles: these take both planes apart.
+    bool quick() const {
+        const bool all_whole = whole(rows_of(stored_.tiles - 1)) && (stored_.tiles == 1 || whole(stored_.tile));
+        return all_whole && avx512(code_->bits, code_->window) != nullptr;
+    }
+    bool joins() const { return isa() != Isa::avx512 || !quick(); }
 
     // How many columns one part takes: all, or fewer where there are too few tiles for the threads.
     int64_t columns_of_part(int threads) const {
@@ -112,35 +102,96 @@ class TrellisProduct final : public Product {
         return std::min<int64_t>((span + 127) / 128 * 128, SPAN);
     }
 
-    // The sums of one tile with columns [first, last), for a few tokens at a time.
+    const Stored stored_;
+    const std::unique_ptr<const Code> code_;
+};
+
+// A part is a tile, or some columns of one: then the exact sums of all of them are added up at the end.
+class TrellisJob final : public Job {
+  public:
+    TrellisJob(const TrellisProduct& product, ReadyPtr ready, float* y, int64_t stride, int64_t span)
+        : Job(product.stored_.tiles * ((product.columns + span - 1) / span)),
+          product_(product),
+          ready_(std::move(ready)),
+          loop_(product.loop()),
+          y_(y),
+          stride_(stride),
+          span_(span),
+          spans_((product.columns + span - 1) / span),
+          totals_(spans_ > 1 ? spans_ * inputs().planes.tokens * product.rows : 0) {}
+
+    void run(int64_t part) const override {
+        const int64_t tile = part / spans_, s = part % spans_, height = product_.stored_.tile;
+        const int64_t tokens = inputs().planes.tokens, tile_rows = product_.rows_of(tile);
+        in_passes(tile, s * span_, [&](int64_t first, int count, const int64_t* sums, const int* places) {
+            for (int t = 0; t < count; ++t) {
+                if (spans_ == 1) {
+                    for (int64_t row = 0; row < tile_rows; ++row)
+                        finish(first + t, tile * height + row, sums[t * TILE + places[row]]);
+                } else {
+                    int64_t* to = totals_.data() + (s * tokens + first + t) * product_.rows + tile * height;
+                    for (int64_t row = 0; row < tile_rows; ++row) to[row] = sums[t * TILE + places[row]];
+                }
+            }
+        });
+    }
+
+    void end() const override {
+        if (spans_ == 1) return;
+        const int64_t tokens = inputs().planes.tokens, rows = product_.rows;
+        for (int64_t t = 0; t < tokens; ++t) {
+            for (int64_t row = 0; row < rows; ++row) {
+                int64_t total = 0;
+                for (int64_t s = 0; s < spans_; ++s) total += totals_[(s * tokens + t) * rows + row];
+                finish(t, row, total);
+            }
+        }
+    }
+
+  private:
+    const TrellisReady& inputs() const { return static_cast<const TrellisReady&>(*ready_); }
+
+    // The sums of one tile with the columns from `first` on that make a part, for a few tokens at a time.
     template <typename F>
-    void in_passes(const Job& job, int64_t number, int64_t first, int64_t last, const F& done) const {
-        const int64_t size = columns * stored_.stride;
-        const int64_t begin = number * laid_out_size(columns, stored_.tile, code_->bits);
-        const Tile tile{stored_.codes + number * size, stored_.codes + stored_.tiles * size, stored_.stride,
-                        static_cast<int>(rows_of(number)),
-                        stored_.laid_out.empty() ? nullptr : stored_.laid_out.data() + begin};
-        const bool fast = job.loop != nullptr && whole(tile.rows);
+    void in_passes(int64_t number, int64_t first, const F& done) const {
+        const Stored& stored = product_.stored_;
+        const Code& code = *product_.code_;
+        const int64_t size = product_.columns * stored.stride, last = std::min(product_.columns, first + span_);
+        const int64_t begin = number * laid_out_size(product_.columns, stored.tile, code.bits);
+        const Tile tile{stored.codes + number * size, stored.codes + stored.tiles * size, stored.stride,
+                        static_cast<int>(product_.rows_of(number)),
+                        stored.laid_out.empty() ? nullptr : stored.laid_out.data() + begin};
+        const bool fast = loop_ != nullptr && product_.whole(tile.rows);
         int places[TILE];
-        for (int row = 0; row < tile.rows; ++row) places[row] = fast ? place_of(code_->bits, row) : row;
-        for (int64_t token = 0; token < job.planes.tokens; token += TOKENS) {
+        for (int row = 0; row < tile.rows; ++row) places[row] = fast ? place_of(code.bits, row) : row;
+        const TrellisReady& ready = inputs();
+        for (int64_t token = 0; token < ready.planes.tokens; token += TOKENS) {
             alignas(64) int64_t sums[TOKENS * TILE];
-            const int count = static_cast<int>(std::min<int64_t>(TOKENS, job.planes.tokens - token));
+            const int count = static_cast<int>(std::min<int64_t>(TOKENS, ready.planes.tokens - token));
             std::fill_n(sums, count * TILE, 0);
-            const Inputs inputs{&job.planes, job.joined, token, count};
-            (fast ? job.loop : portable)(*code_, tile, first, last, inputs, sums);
+            const Inputs some{&ready.planes, ready.joined.empty() ? nullptr : ready.joined.data(), token, count};
+            (fast ? loop_ : portable)(code, tile, first, last, some, sums);
             done(token, count, sums, places);
         }
     }
 
-    void finish(const Job& job, int64_t token, int64_t row, int64_t total) const {
-        const double factor = double{job.planes.scale[token]} * stored_.unit * double{stored_.scale[row]};
-        job.y[token * job.stride + row] = static_cast<float>(static_cast<double>(total) * factor);
+    void finish(int64_t token, int64_t row, int64_t total) const {
+        const Stored& stored = product_.stored_;
+        const double factor = double{inputs().planes.scale[token]} * stored.unit * double{stored.scale[row]};
+        y_[token * stride_ + row] = static_cast<float>(static_cast<double>(total) * factor);
     }
 
-    const Stored stored_;
-    const std::unique_ptr<const Code> code_;
+    const TrellisProduct& product_;
+    const ReadyPtr ready_;
+    const Loop loop_;
+    float* const y_;
+    const int64_t stride_, span_, spans_;
+    mutable std::vector<int64_t> totals_;  // (spans, tokens, rows); every part writes its own
 };
+
+std::unique_ptr<Job> TrellisProduct::begin(ReadyPtr inputs, float* y, int64_t stride, const Options& options) const {
+    return std::make_unique<TrellisJob>(*this, std::move(inputs), y, stride, columns_of_part(options.threads));
+}
 
 ProductPtr make(In<uint8_t, 3> codes, In<float, 1> scale, int64_t tile, int bits, int window, In<int32_t, 1> masks,
                 In<int8_t, 1> integers, double unit, bool laid_out) {

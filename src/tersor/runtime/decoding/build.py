@@ -91,7 +91,7 @@ class _Writer:
         self._program.take_last(step.hidden, last)
         self._called("copy")
         self._norm(last, last, structure.norm)
-        self._linear(structure.head, last, logits)
+        self._linears((structure.head,), last, (logits,))
         if structure.logit_cap:
             self._program.soft_cap(logits, structure.logit_cap)
             self._called("cap")
@@ -102,8 +102,7 @@ class _Writer:
         queries, keys = part.heads * part.dim, part.key_heads * part.dim
         qkv, attended = self._buffer(3, queries + 2 * keys), self._buffer(2, queries)
         q, k, v = qkv[:, :queries], qkv[:, queries : queries + keys], qkv[:, queries + keys :]
-        for linear, y in zip(part.inputs, (qkv,) if len(part.inputs) == 1 else (q, k, v), strict=True):
-            self._linear(linear, inputs, y)
+        self._linears(part.inputs, inputs, (qkv,) if len(part.inputs) == 1 else (q, k, v))
         for norm, x in ((part.query_norm, q), (part.key_norm, k)):
             if norm is not None:
                 self._norm(x, x, norm)
@@ -124,30 +123,36 @@ class _Writer:
             cap=part.cap,
         )
         self._called("attention")
-        self._linear(part.output, attended, out)
+        self._linears((part.output,), attended, (out,))
 
     def _mlp(self, inputs: Tensor, out: Tensor, part: GatedMlp) -> None:
         both, gated = self._buffer(4, 2 * part.width), self._buffer(5, part.width)
         gate, up = both[:, : part.width], both[:, part.width :]
-        for linear, y in zip(part.inputs, (both,) if len(part.inputs) == 1 else (gate, up), strict=True):
-            self._linear(linear, inputs, y)
+        self._linears(part.inputs, inputs, (both,) if len(part.inputs) == 1 else (gate, up))
         self._program.gate(gate, up, gated, part.activation)
         self._called("gate")
-        self._linear(part.output, gated, out)
+        self._linears((part.output,), gated, (out,))
 
     def _norm(self, x: Tensor, y: Tensor, norm: Norm) -> None:
         self._program.norm(x, y, norm.weight, eps=norm.eps, bias=norm.bias, centred=norm.centred)
         self._called("norm")
 
-    def _linear(self, linear: Any, x: Tensor, y: Tensor) -> None:
-        product = compiled_product(linear)
-        if product is None:
+    def _linears(self, linears: Sequence[Any], x: Tensor, outputs: Sequence[Tensor]) -> None:
+        """Linear layers of the same inputs: those that have compiled products in one operation, the others by torch."""
+        compiled, others = [], []
+        for linear, y in zip(linears, outputs, strict=True):
+            product = compiled_product(linear)
+            if product is None:
+                others.append(_on_host(linear, x, y))
+            else:
+                bias = linear.bias
+                compiled.append((y, product, None if bias is None else bias.detach().float().contiguous()))
+        if compiled:
+            self._program.products(x, *compiled)
+            self._called("products")
+        for run in others:
             self._close()
-            self._step.stretches.append(Stretch(self._done, self._done, _on_host(linear, x, y)))
-            return
-        bias = linear.bias
-        self._program.product(x, y, product, None if bias is None else bias.detach().float().contiguous())
-        self._called("product")
+            self._step.stretches.append(Stretch(self._done, self._done, run))
 
     def _called(self, kind: str) -> None:
         self._step.kinds.append(kind)

@@ -113,7 +113,7 @@ class Decoder:
             if stretch.host is not None:
                 start = perf_counter()
                 stretch.host(1)
-                seconds["product"] = seconds.get("product", 0.0) + perf_counter() - start
+                seconds["products"] = seconds.get("products", 0.0) + perf_counter() - start
                 continue
             taken = step.program.run(
                 stretch.first, stretch.stop, tokens=1, position=self._position, int8=self.int8, timed=True
