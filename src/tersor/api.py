@@ -354,19 +354,24 @@ def open_server(
     host: str = "127.0.0.1",
     port: int = 8000,
     context: int | None = None,
+    max_waiting: int = 64,
+    max_body: str | int = "4MB",
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Server:
     """An artifact ready to be served to OpenAI clients by transformers' own server; ``run`` of what comes serves it.
 
     ``port`` 0 takes a free one. ``context``: tokens of prompt and answer together, at most (default: what the model
-    takes, up to 8192). Raises BadInput where the address is not to be had or the extra ``serve`` is missing.
+    takes, up to 8192). ``max_waiting``: requests beside the one that is answered; the next gets 429. ``max_body``: of a
+    request, as a size. Raises BadInput where the address is not to be had or the extra ``serve`` is missing.
     """
     return open_server_at(
         Path(artifact),
         host=host,
         port=port,
         context=context,
+        waiting=max_waiting,
+        largest=parse_bytes(str(max_body), "--max-body"),
         trust_remote_code=trust_remote_code,
         progress=progress,
     )

@@ -4,35 +4,26 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
-import select
-import shutil
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from tokenizers import decoders
 
 import command_line
 import tersor
-import tiny_runs
 import tiny_tokenizer
 from tersor.kernels import step
+from tiny_server import LIMIT, compressed, connect, post, served
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
-LIMIT = 180
-"""Seconds for the start of a server, and for its end, on a machine that is busy with other tests."""
 CONTEXT = 64
 PROMPTS = (
     "the quick",
@@ -48,45 +39,10 @@ PROMPTS = (
 )
 
 
-def compressed(model: Path, folder: Path, size: str) -> Path:
-    """An artifact of a tiny model, with a tokenizer of one token a character and a chat template."""
-    tokenizer = tiny_tokenizer.build(chat=True)
-    tokenizer._tokenizer.decoder = decoders.Fuse()
-    shutil.copytree(model, folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    words = tiny_runs.text(folder / "words.txt")
-    settings = {**tiny_runs.SETTINGS, "cache_dir": folder / "cache"}
-    tersor.compress(folder / "model", folder / "small model", size=size, text=words, **settings)
-    return folder / "small model"
-
-
 @pytest.fixture(scope="module")
 def artifact(complete: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = complete("llama", num_hidden_layers=2, hidden_size=64, intermediate_size=96)
     return compressed(model, tmp_path_factory.mktemp("serve"), "30%")
-
-
-@contextmanager
-def served(artifact: Path, *options: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server's process and its address. Whatever happens, the process ends."""
-    paths = os.pathsep.join([str(command_line.SOURCES), *filter(None, [os.environ.get("PYTHONPATH")])])
-    # No proxy, and no hub: what is served is on the disk.
-    settings = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NO_PROXY": "*"}
-    command = [sys.executable, "-m", "tersor", "serve", str(artifact), "--port", "0", *map(str, options)]
-    process = subprocess.Popen(
-        command, env={**os.environ, **settings}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        assert process.stdout is not None
-        ready, _, _ = select.select([process.stdout], [], [], LIMIT)
-        line = process.stdout.readline() if ready else ""
-        if " is served at " not in line:
-            process.kill()
-            pytest.fail(f"the server did not start: {line}{process.communicate()[1]}")
-        yield process, line.split(" is served at ")[1].split(";")[0]
-    finally:
-        process.kill()
-        process.communicate()
 
 
 @pytest.fixture(scope="module")
@@ -118,18 +74,11 @@ def ask(client: Any, prompt: str, *, stream: bool = False, **options: Any) -> st
     return "".join(chunk.choices[0].delta.content or "" for chunk in answer)
 
 
-def post(address: str, path: str, body: bytes, kind: str = "application/json") -> tuple[int, dict[str, Any]]:
-    parts = urlsplit(address)
-    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=LIMIT)
-    connection.request("POST", path, body, {"Content-Type": kind})
-    response = connection.getresponse()
-    read = json.loads(response.read().removeprefix(b"data: "))
-    connection.close()
-    return response.status, read
-
-
 def test_the_artifact_is_the_only_model(client: Any) -> None:
     assert [model.id for model in client.models.list().data] == ["small model"]
+    assert client.models.retrieve("small model").id == "small model"
+    with pytest.raises(openai.NotFoundError, match="'small model' only"):
+        client.models.retrieve("another")
 
 
 def test_it_writes_what_run_writes(client: Any, artifact: Path) -> None:
@@ -211,27 +160,46 @@ def hello(**fields: Any) -> bytes:
 
 
 CHAT = "/v1/chat/completions"
+TOOL = [{"role": "tool", "content": "x"}]
 
 
 @pytest.mark.parametrize(
     ("path", "body", "status", "words"),
     [
         (CHAT, b'{"messages": [', 400, "not JSON"),
-        (CHAT, b'{"messages": "\xff"}', 400, "parsing the body"),
+        (CHAT, b'{"messages": "\xff"}', 400, "could not be read as JSON"),
+        (CHAT, b"[" * 100_000, 400, "could not be read as JSON"),
+        (CHAT, b'{"seed": ' + b"9" * 5000 + b"}", 400, "could not be read as JSON"),
         (CHAT, b"[1]", 400, "must be a JSON object"),
         (CHAT, b"", 400, "must be a JSON object"),
         (CHAT, b"{}", 400, "has no messages"),
         (CHAT, hello(messages="hi"), 400, "messages"),
         (CHAT, hello(messages=[{"role": "user"}]), 400, "no content"),
-        (CHAT, hello(messages=[{"role": "tool", "content": "x"}]), 400, "no such role"),
+        (CHAT, hello(messages=TOOL), 400, "no such role"),
         (CHAT, hello(max_tokens=-5), 400, "max_tokens cannot be used: input should be greater than or equal to 1"),
         (CHAT, hello(max_tokens="many"), 400, "max_tokens"),
         (CHAT, hello(max_tokens=1000), 400, "1000 for the answer are more than the 64"),
         (CHAT, hello(messages=[{"role": "user", "content": "a" * 100}]), 400, "more than the 64"),
         (CHAT, hello(temperature=-1), 400, "temperature"),
         (CHAT, hello(logit_bias={"100000": 1}), 400, "token 100000"),
-        (CHAT, hello(no_such_field=1), 422, "no_such_field"),
-        (CHAT, hello(chat_template_kwargs={"tokenize": False}), 400, "tokenize"),
+        (CHAT, hello(max_tokens=0), 400, "max_tokens"),
+        (CHAT, hello(max_tokens=10**30), 400, "more than the 64"),
+        (CHAT, hello(messages=[]), 400, "messages"),
+        (CHAT, hello(n=2), 400, "n is not served"),
+        (CHAT, hello(logprobs=True), 400, "logprobs is not served"),
+        (CHAT, hello(tools="all"), 400, "tools"),
+        (CHAT, hello(seed=2**64), 400, "seed cannot be used: it must be a whole number from 0 to"),
+        (CHAT, hello(seed=-1), 400, "seed cannot be used: it must be a whole number from 0 to"),
+        (CHAT, hello(seed=0.5), 400, "seed cannot be used: it must be a whole number from 0 to"),
+        (CHAT, hello(stop=["x"] * 17), 400, "stop"),
+        (CHAT, hello(stop="x" * 257), 400, "stop"),
+        (CHAT, hello(no_such_field=1, another=2), 422, "The request's another is no field that there is"),
+        ("/v1/responses", b'{"input": "a", "parallel_tool_calls": "many"}', 400, "parallel_tool_calls"),
+        *(
+            (CHAT, hello(chat_template_kwargs={name: "x"}), 400, f"cannot set {name}, which")
+            for name in ("tokenize", "messages", "self", "conversation", "conversations", "tools", "documents")
+        ),
+        (CHAT, hello(chat_template_kwargs={"raise_exception": 1}, messages=TOOL), 400, "template does not take"),
         (CHAT, hello(model="another/model"), 404, "'small model' only"),
         ("/v1/completions", b"{}", 400, "has no prompt"),
         ("/v1/completions", b'{"prompt": ""}', 400, "prompt is empty"),
@@ -241,7 +209,8 @@ CHAT = "/v1/chat/completions"
         ("/load_model", b'{"model": 5}', 404, "'small model' only"),
         ("/reset", b"{}", 404, "nothing at /reset"),
         ("/v1/embeddings", b"{}", 404, "nothing at /v1/embeddings"),
-        ("/v1/models", b"{}", 405, ""),
+        ("/v1/models", b"{}", 405, "POST is not answered at /v1/models; GET, OPTIONS is."),
+        ("/health", b"{}", 405, "POST is not answered at /health; GET is."),
     ],
 )
 def test_a_malformed_request_gets_one_sentence(address: str, path: str, body: bytes, status: int, words: str) -> None:
@@ -253,6 +222,43 @@ def test_a_malformed_request_gets_one_sentence(address: str, path: str, body: by
     assert words in message
     assert "\n" not in message
     assert "Traceback" not in message
+
+
+def test_a_connection_stays_open_after_refusals(address: str) -> None:
+    connection = connect(address)
+    for method, path, body, status in [
+        ("POST", CHAT, b"{", 400),
+        ("HEAD", "/health", b"", 200),
+        ("POST", "/nowhere", b"{}", 404),
+        ("HEAD", "/v1/models", b"", 200),
+        ("OPTIONS", CHAT, b"", 405),
+        ("POST", CHAT, hello(seed=-1), 400),
+        ("POST", CHAT, hello(max_tokens=1), 200),
+    ]:
+        connection.request(method, path, body, {"Content-Type": "application/json"})
+        sock = connection.sock
+        response = connection.getresponse()
+        assert response.status == status
+        assert (response.read() == b"") == (method == "HEAD")
+        assert connection.sock is sock is not None
+        if status == 405:
+            assert response.getheader("Allow") == "POST"
+    connection.close()
+
+
+def test_a_stop_ends_the_text_that_has_it(client: Any) -> None:
+    """As a part of it, whatever it began with; streamed too. What the prompt says does not count."""
+    whole = ask(client, "hello", temperature=1.5, seed=3, max_tokens=30)
+    for stop in (whole[4:7], [whole[9:11], "nowhere"]):
+        sought = stop if isinstance(stop, str) else stop[0]
+        expected = whole[: whole.index(sought) + len(sought)]
+        for stream in (False, True):
+            text = ask(client, "hello" + sought, temperature=1.5, seed=3, max_tokens=30, stream=stream)
+            assert ask(client, "hello", temperature=1.5, seed=3, max_tokens=30, stream=stream, stop=stop) == expected
+            stopped = ask(
+                client, "hello" + sought, temperature=1.5, seed=3, max_tokens=30, stream=stream, stop=sought + "\0"
+            )
+            assert stopped == text
 
 
 def test_who_asks_for_the_model_to_be_loaded_is_told_that_it_is(address: str) -> None:

@@ -31,6 +31,14 @@ def refusal(shape: type[Request], **fields: Any) -> Refused:
     return caught.value
 
 
+def nested(depth: int) -> dict[str, Any]:
+    """Objects in objects."""
+    inner: dict[str, Any] = {}
+    for _ in range(depth):
+        inner = {"inner": inner}
+    return inner
+
+
 @pytest.mark.parametrize(
     ("fields", "where", "words"),
     [
@@ -69,9 +77,17 @@ def refusal(shape: type[Request], **fields: Any) -> Refused:
         ({"messages": HELLO, "temperature": float("nan")}, "temperature", ""),
         ({"messages": HELLO, "temperature": "warm"}, "temperature", "number"),
         ({"messages": HELLO, "top_p": 1.5}, "top_p", "less than or equal to 1"),
-        ({"messages": HELLO, "seed": 2**64}, "seed", ""),
+        ({"messages": HELLO, "seed": 2**64}, "seed", "whole number from 0 to 18446744073709551615."),
+        ({"messages": HELLO, "seed": 10**1000}, "seed", "whole number from 0"),
+        ({"messages": HELLO, "seed": -1}, "seed", "whole number from 0"),
+        ({"messages": HELLO, "seed": 1.5}, "seed", "whole number from 0"),
+        ({"messages": HELLO, "seed": "7"}, "seed", "whole number from 0"),
+        ({"messages": HELLO, "seed": True}, "seed", "whole number from 0"),
         ({"messages": HELLO, "stream": "yes"}, "stream", "boolean"),
         ({"messages": HELLO, "stop": [""]}, "stop[0]", "at least 1 character"),
+        ({"messages": HELLO, "stop": "x" * 257}, "stop", "at most 256 characters"),
+        ({"messages": HELLO, "stop": ["x"] * 17}, "stop", "at most 16 items"),
+        ({"messages": HELLO, "tools": [nested(100)]}, None, "nested more than 64 deep"),
         ({"messages": HELLO, "frequency_penalty": -1}, "frequency_penalty", "greater than -1"),
         ({"messages": HELLO, "logit_bias": {"a": 1}}, "logit_bias", ""),
         ({"messages": HELLO, "logit_bias": {"1": 1000}}, "logit_bias.1", ""),
@@ -141,7 +157,7 @@ def test_another_model_is_not_found() -> None:
     "fields",
     [
         {"messages": HELLO},
-        {"messages": HELLO, "model": "mine", "max_tokens": 1, "temperature": 0, "top_p": 1, "seed": -3},
+        {"messages": HELLO, "model": "mine", "max_tokens": 1, "temperature": 0, "top_p": 1, "seed": 2**64 - 1},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]},
         {"messages": [*HELLO, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "2"}, *HELLO]},
         {"messages": HELLO, "n": 1, "logprobs": False, "response_format": {"type": "text"}, "presence_penalty": 0},

@@ -43,29 +43,53 @@ class Server:
     _decoder: Decoder | None
     _listener: socket.socket
     _created: int
+    _waiting: int
+    _largest: int
 
     def run(self, ready: Callable[[], None]) -> None:
-        """Answer requests until Ctrl-C; ``ready`` is called once, when it listens. From the main thread only."""
+        """Answer requests until Ctrl-C; ``ready`` is called once, when it listens. From the main thread only.
+
+        Raises BadInput where another program has come to listen at the address meanwhile.
+        """
         # Imported here: they need the extra's packages, and these take a second to import.
-        from tersor.stages.serving.app import build_app
+        from tersor.stages.serving.app import build_app, guard_template
+        from tersor.stages.serving.calls import be_lenient
         from tersor.stages.serving.generation import OneByOne, OneModel
+        from tersor.stages.serving.jobs import Line
         from tersor.stages.serving.server import listen
 
-        manager = OneByOne(self._model, self._decoder, self.context)
+        manager = OneByOne(self._model, self._decoder, self.context, Line(self._waiting))
+        guard_template(self._tokenizer)
+        be_lenient(self._tokenizer)
         # It warns of every request that comes, and of fields that the check has judged already.
         logging.get_logger("transformers.cli.serving").setLevel(logging.ERROR)
-        app = build_app(OneModel(self.name, self._model, self._tokenizer, self._created), manager)
+        model = OneModel(self.name, self._model, self._tokenizer, self._created)
+        app = build_app(model, manager, largest=self._largest)
+        _open(self._listener)
         listen(app, self._listener, manager, ready)
 
 
 def open_server(
-    path: Path, *, host: str, port: int, context: int | None, trust_remote_code: bool, progress: Progress
+    path: Path,
+    *,
+    host: str,
+    port: int,
+    context: int | None,
+    waiting: int,
+    largest: int,
+    trust_remote_code: bool,
+    progress: Progress,
 ) -> Server:
     """Take the address, then load the artifact. Raises BadInput where either cannot be had.
 
     The model is the folder's alone, named as the folder; nothing is ever fetched from a hub. ``context`` None: what the
-    model takes, up to 8192 tokens.
+    model takes, up to 8192 tokens. ``waiting``: requests that wait for their turn, and ``largest``: bytes of a request,
+    at most; more is refused.
     """
+    if waiting < 0:
+        raise BadInput(f"--max-waiting {waiting} makes no sense; give 0 or more.")
+    if largest < 1:
+        raise BadInput(f"--max-body {largest} has no room for any request; give more.")
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise BadInput(f"Serving needs the missing {' and '.join(missing)}: pip install 'tersor[serve]'.")
@@ -94,6 +118,8 @@ def open_server(
         decoder,
         listener,
         int((path / "config.json").stat().st_mtime),
+        waiting,
+        largest,
     )
 
 
@@ -142,14 +168,36 @@ def _take(host: str, port: int) -> socket.socket:
         raise BadInput(f"--host {host!r} is no address of this machine; give one, such as 127.0.0.1.") from None
     listener = socket.socket(family, kind, protocol)
     try:
-        # An address whose last connections are still winding down counts as free.
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
+        try:
+            listener.bind(address)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            # An address whose last connections are still winding down counts as free.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
     except OSError as error:
         listener.close()
-        if error.errno == errno.EADDRINUSE:
-            raise BadInput(f"Port {port} of {host} is in use by another program; give another --port.") from None
         if error.errno == errno.EADDRNOTAVAIL:
             raise BadInput(f"--host {host!r} is no address of this machine; give one, such as 127.0.0.1.") from None
-        raise BadInput(f"{host} port {port} cannot be listened on: {error.strerror}.") from None
+        raise _cannot_listen(error, host, port) from None
     return listener
+
+
+def _open(listener: socket.socket) -> None:
+    """Listen. Only from here on may its connections wind down beside a server that comes after it: had that been said
+    before, two servers that both do not listen yet would both get the address.
+    """
+    host, port = listener.getsockname()[:2]
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.listen()
+    except OSError as error:
+        listener.close()
+        raise _cannot_listen(error, host, port) from None
+
+
+def _cannot_listen(error: OSError, host: str, port: int) -> BadInput:
+    if error.errno == errno.EADDRINUSE:
+        return BadInput(f"Port {port} of {host} is in use by another program; give another --port.")
+    return BadInput(f"{host} port {port} cannot be listened on: {error.strerror}.")

@@ -66,6 +66,9 @@ class Style:
             raise BadInput(
                 f"--temperature {self.temperature:g} makes no sense; give 0 for the likeliest text, or more."
             )
+        # What torch's generators take. Python's whole numbers have no end.
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
+            raise BadInput(f"--seed {self.seed} cannot be used; give a whole number from 0 to {2**64 - 1}.")
 
 
 @dataclass

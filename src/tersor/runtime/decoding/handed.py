@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from tersor.errors import UnknownArchitecture
-from tersor.runtime.decoding.structure import Structure
+from tersor.runtime.decoding.structure import MISUSE, Structure
 
-_MISUSE = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError)
 _FEW = 8
 
 
@@ -38,9 +37,14 @@ def find_handed(structure: Structure, config: Any, context: int) -> list[Handed]
     """What each layer is handed in a text of up to ``context`` tokens. Raises UnknownArchitecture, saying why."""
     # A mask that is ready, so that none of context x context is made.
     ready = torch.zeros(1, 1, 1, 1)
-    angles = _angles(_run(structure, context, attention_mask=ready))
+    angles = _angles(_run(structure, context, attention_mask=ready), context)
+    for layer, (cosine, _) in zip(structure.layers, angles, strict=True):
+        if layer.attention.rotates and cosine.shape[1] > layer.attention.dim:
+            raise UnknownArchitecture(
+                f"its angles of positions are {cosine.shape[1]} a token, and a head has {layer.attention.dim} numbers"
+            )
     if context > _FEW:
-        few = _angles(_run(structure, _FEW, attention_mask=ready))
+        few = _angles(_run(structure, _FEW, attention_mask=ready), _FEW)
         for (cosine, sine), (other, another) in zip(angles, few, strict=True):
             if not (torch.equal(cosine[:_FEW], other) and torch.equal(sine[:_FEW], another)):
                 raise UnknownArchitecture(
@@ -57,7 +61,7 @@ def find_handed(structure: Structure, config: Any, context: int) -> list[Handed]
 
 def _widths(config: Any) -> Sequence[int]:
     """Every number in a configuration that may say how far a layer sees."""
-    found = [value for name, value in config.to_dict().items() if "window" in name or "chunk" in name]
+    found = [value for name, value in config.to_dict().items() if "window" in str(name) or "chunk" in str(name)]
     return [0, 0, *(value for value in found if isinstance(value, int) and value > 0)]
 
 
@@ -74,7 +78,7 @@ def _run(structure: Structure, length: int, **given: Any) -> list[Mapping[str, A
             structure.base(inputs_embeds=hidden, use_cache=False, **given)
     except _Reached:
         return calls
-    except _MISUSE as error:
+    except MISUSE as error:
         raise UnknownArchitecture(f"it cannot be run without its layers ({error})") from error
     finally:
         for block, forward in zip(structure.blocks, before, strict=True):
@@ -97,14 +101,14 @@ def _stand_in(calls: list[Mapping[str, Any]], number: int, count: int) -> Callab
     return forward
 
 
-def _angles(calls: Sequence[Mapping[str, Any]]) -> list[tuple[Tensor, Tensor]]:
+def _angles(calls: Sequence[Mapping[str, Any]], length: int) -> list[tuple[Tensor, Tensor]]:
     found = []
     for call in calls:
         pair = call.get("position_embeddings")
         if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(x, Tensor) for x in pair):
             raise UnknownArchitecture("its layers are not handed cosines and sines of positions")
         cosine, sine = (x.detach().float() for x in pair)
-        if cosine.ndim != 3 or cosine.shape[0] != 1 or cosine.shape != sine.shape or cosine.shape[2] % 2:
+        if cosine.ndim != 3 or cosine.shape[:2] != (1, length) or cosine.shape != sine.shape or cosine.shape[2] % 2:
             raise UnknownArchitecture(f"its cosines of positions have the shape {tuple(cosine.shape)}")
         found.append((cosine[0].contiguous(), sine[0].contiguous()))
     return found

@@ -12,7 +12,7 @@ from tersor.errors import NotFinite
 from tersor.runtime.decoding import Decoder
 from tersor.runtime.decoding.decoder import CHUNK
 
-_PIECE = 16 * CHUNK
+_PIECE = 4 * CHUNK
 """Tokens of a prompt between two looks at whether to go on."""
 
 

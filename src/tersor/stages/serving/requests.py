@@ -37,13 +37,22 @@ FIXED: Mapping[str, tuple[object, ...]] = {
 """Values that mean what the server does anyway, of fields where any other value would silently not be served."""
 
 
+_DEEPEST = 64
+
+
 class Refused(HTTPException):
     """A request that cannot be served, in one sentence. ``where``: the field, as OpenAI's clients show it."""
 
     def __init__(
-        self, sentence: str, *, status: int = 400, code: str = "invalid_value", where: str | None = None
+        self,
+        sentence: str,
+        *,
+        status: int = 400,
+        code: str = "invalid_value",
+        where: str | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(status, sentence)
+        super().__init__(status, sentence, headers)
         self.code = code
         self.where = where
 
@@ -174,7 +183,9 @@ class Tool(Shape):
 
 
 Tokens = Annotated[int, Field(ge=1)]
-Stops = Annotated[str, Field(min_length=1)] | list[Annotated[str, Field(min_length=1)]]
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
+# Each is looked for after every token.
+Stops = Stop | Annotated[list[Stop], Field(max_length=16)]
 # transformers turns it into a repetition penalty of 1 plus this, which must be above 0.
 Penalty = Annotated[float, Field(gt=-1, le=2)]
 
@@ -186,9 +197,17 @@ class Request(Shape):
     stream: bool = False
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    seed: int | None = None
     tools: list[Tool] | None = None
+    parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, bool | int | float | str | None] | None = None
+
+    @field_validator("seed", mode="before")
+    @classmethod
+    def _seeds_a_generator(cls, given: object) -> object:
+        if isinstance(given, bool) or not isinstance(given, int) or not 0 <= given < 2**64:
+            raise ValueError("it must be a whole number from 0 to 18446744073709551615")
+        return given
 
 
 class ChatRequest(Request):
@@ -235,6 +254,8 @@ class ResponseRequest(Request):
 
 def check(shape: type[Request], body: Mapping[str, Any], model: str) -> dict[str, Any]:
     """``body`` without nulls, found to be a request of this shape for ``model``. Raises Refused."""
+    if _deeper(body, _DEEPEST):
+        raise Refused(f"The request is nested more than {_DEEPEST} deep.")
     given = _without_nulls(body)
     try:
         json.dumps(given, ensure_ascii=False).encode("utf-8")
@@ -264,6 +285,17 @@ def check(shape: type[Request], body: Mapping[str, Any], model: str) -> dict[str
     return given
 
 
+def _deeper(body: object, most: int) -> bool:
+    """Whether lists and objects lie more than ``most`` deep in each other: Python cannot go down without end."""
+    level: list[object] = [body]
+    for _ in range(most):
+        inner = [value.values() if isinstance(value, dict) else value for value in level]
+        level = [part for parts in inner for part in parts if isinstance(part, (dict, list))]  # type: ignore[attr-defined]
+        if not level:
+            return False
+    return True
+
+
 def _without_nulls(body: Mapping[str, Any]) -> dict[str, Any]:
     """Clients that give an answer back send nulls and empty lists of calls, which transformers takes for calls."""
     given = {name: value for name, value in body.items() if value is not None}
@@ -287,7 +319,8 @@ def _without_empty(message: Mapping[str, Any]) -> dict[str, Any]:
 def _refusal(error: ValidationError, body: Mapping[str, Any]) -> Refused:
     """Of several complaints the deepest: where a value may be one of several things, the one it was closest to."""
     found = [(_steps(entry, body), entry) for entry in error.errors(include_url=False, include_input=False)]
-    steps, entry = max(found, key=lambda pair: len(pair[0]))
+    # Of several as deep, the one whose kind of value it was.
+    steps, entry = max(found, key=lambda pair: (len(pair[0]), not pair[1]["type"].endswith("_type")))
     if entry["type"] == "missing":
         owner = f"The request's {_path(steps[:-1])}" if steps[:-1] else "The request"
         return Refused(f"{owner} has no {steps[-1]}.", code="missing_value", where=_path(steps))
