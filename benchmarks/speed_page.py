@@ -114,7 +114,8 @@ def decode(found: dict[str, Any]) -> list[str]:
                 "",
                 f"Memory: {memory['peak'] / 1e6:.0f} MB resident at most, which is torch alone "
                 f"({memory['torch_alone'] / 1e6:.0f} MB), the file ({memory['weights_file'] / 1e6:.0f} MB) and "
-                f"{memory['above_torch_and_weights'] / 1e6:.0f} MB.",
+                f"{memory['above_torch_and_weights'] / 1e6:.0f} MB, keys and values included. When the artifact is "
+                f"run for the first time, the last is {memory['above_them_the_first_time'] / 1e6:.0f} MB.",
             ]
     return text
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from tersor import delivery, pipeline
@@ -18,17 +17,33 @@ from tersor.contracts import Anatomy, Plan, Quality
 from tersor.delivery import Delivered
 from tersor.errors import BadInput
 from tersor.pipeline import Planned, Result
-from tersor.stages.chat import Chat, open_chat
 from tersor.stages.context import Progress, silent
-from tersor.stages.evaluate import evaluate_model, is_artifact, open_whole
+from tersor.stages.evaluate import evaluate_model, is_artifact
 from tersor.stages.fast import fast_curves
-from tersor.stages.generate import write_text
+from tersor.stages.opened import open_whole
 from tersor.stages.options import Budget, Options, parse_budget, parse_bytes
 from tersor.stages.prove import Proof
 from tersor.stages.serve import Server
 from tersor.stages.serve import open_server as open_server_at
-from tersor.stages.session import Style, Written
 from tersor.survey import Outcome, Request, Survey, run_survey
+from tersor.writing import chat, write
+
+__all__ = [
+    "Inspection",
+    "chat",
+    "compress",
+    "compress_for",
+    "evaluate",
+    "export",
+    "generate",
+    "inspect",
+    "open_server",
+    "plan",
+    "prove",
+    "resolve",
+    "survey",
+    "write",
+]
 
 Model = str | Path | nn.Module
 Size = str | int | None
@@ -287,65 +302,6 @@ def generate(
     """
     asked = {"tokens": tokens, "temperature": temperature, "seed": seed, "trust_remote_code": trust_remote_code}
     return write(model, prompt, on_text=on_text, **asked).text  # type: ignore[arg-type]
-
-
-def write(
-    model: str | Path,
-    prompt: str,
-    *,
-    tokens: int = 64,
-    temperature: float = 0.0,
-    seed: int = 0,
-    cache: str = "float16",
-    on_text: Callable[[str], None] | None = None,
-    trust_remote_code: bool = False,
-) -> Written:
-    """Continue a prompt with an artifact, by a compiled step where that reproduces the model, and say how fast it went.
-
-    ``cache``: the type of keys and values that the step keeps, float16 or float32. Where there is no step, transformers
-    writes the text and ``fallback`` says why.
-    """
-    return write_text(
-        Path(model),
-        prompt,
-        tokens=tokens,
-        style=Style(temperature, seed),
-        cache_dtype=_cache_type(cache),
-        on_text=on_text,
-        trust_remote_code=trust_remote_code,
-    )
-
-
-def chat(
-    model: str | Path,
-    *,
-    tokens: int = 512,
-    context: int | None = None,
-    temperature: float = 0.0,
-    seed: int = 0,
-    cache: str = "float16",
-    trust_remote_code: bool = False,
-) -> Chat:
-    """Load an artifact to talk with, turn by turn, by :meth:`~tersor.stages.chat.Chat.say`.
-
-    ``tokens``: the most of an answer. ``context``: of the whole conversation (default: what the model takes, up to
-    8192). Others: see :func:`write`.
-    """
-    return open_chat(
-        Path(model),
-        tokens=tokens,
-        context=context,
-        style=Style(temperature, seed),
-        cache_dtype=_cache_type(cache),
-        trust_remote_code=trust_remote_code,
-    )
-
-
-def _cache_type(name: str) -> torch.dtype:
-    types = {"float16": torch.float16, "float32": torch.float32}
-    if name not in types:
-        raise BadInput(f"--cache {name!r} is unknown; write float16 or float32.")
-    return types[name]
 
 
 def open_server(

@@ -23,7 +23,8 @@ from tersor.stages import finish
 from tersor.stages.allocate import dense_layout, sized_plan
 from tersor.stages.context import Progress, parsed
 from tersor.stages.estimate import chunk_sequences
-from tersor.stages.evaluate import is_artifact, open_whole
+from tersor.stages.evaluate import is_artifact
+from tersor.stages.opened import open_whole
 from tersor.stages.options import Budget, Options
 from tersor.stages.prove import Proof, prove_file
 from tersor.stages.rules import rule_notes

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -18,15 +18,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers.utils import logging
 
-from tersor.api import Inspection
-from tersor.contracts import Quality
-from tersor.delivery import Delivered
 from tersor.errors import BadInput
-from tersor.pipeline import Planned, Result
-from tersor.stages.chat import Chat
-from tersor.stages.prove import Proof
-from tersor.stages.session import Written
-from tersor.survey import Outcome, Survey, front
+
+if TYPE_CHECKING:
+    from tersor.api import Inspection
+    from tersor.contracts import Quality
+    from tersor.delivery import Delivered
+    from tersor.pipeline import Planned, Result
+    from tersor.stages.chat import Chat
+    from tersor.stages.prove import Proof
+    from tersor.stages.session import Written
+    from tersor.survey import Outcome, Survey
 
 
 @contextmanager
@@ -353,14 +355,12 @@ def inspection_table(found: Inspection) -> None:
         artifact = found.artifact
         table.title = f"{artifact.folder}: {artifact.weight_bytes:,} bytes of weights"
         for heading in ("layer", "codec", "shape", "bits/weight", "relative error"):
-            left = heading in ("layer", "codec")
-            table.add_column(heading, justify="left" if left else "right", overflow="fold")
+            table.add_column(heading, justify="left" if heading in ("layer", "codec") else "right", overflow="fold")
         for name, codec in artifact.layers.items():
-            rows, columns = artifact.shapes[name]
-            bits = codec.bits((rows, columns)) / (rows * columns)
+            rows, width = artifact.shapes[name]
+            bits = codec.bits((rows, width)) / (rows * width)
             error = artifact.manifest.errors.get(name)
-            shown = "" if error is None else f"{error:.4f}"
-            table.add_row(name, str(codec), f"{rows} x {columns}", f"{bits:.3f}", shown)
+            table.add_row(name, str(codec), f"{rows} x {width}", f"{bits:.3f}", "" if error is None else f"{error:.4f}")
         _console().print(table)
         if artifact.manifest.quality is not None:
             quality_table(artifact.manifest.quality)
@@ -393,7 +393,6 @@ def survey_line(outcome: Outcome) -> None:
     if outcome.seconds is not None:
         told += f", {outcome.seconds:.0f} s"
     sys.stderr.write(told + "\n")
-    sys.stderr.flush()
 
 
 def survey_data(survey: Survey) -> dict[str, Any]:
@@ -409,6 +408,8 @@ def survey_data(survey: Survey) -> dict[str, Any]:
 
 def survey_table(survey: Survey) -> None:
     """The results by bits and KL, the verdicts, and where the page is."""
+    from tersor.survey import front
+
     best = {(outcome.recipe, outcome.bits) for outcome in front(survey.outcomes)}
     table = Table(title=f"{survey.model}: KL from the original at equal bytes")
     for heading in ("bits", "recipe", "bits/weight", "KL", "output error", "CPU time", "front"):

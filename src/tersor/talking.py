@@ -25,10 +25,10 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
 ) -> None:
     """Generate text with an artifact; says on standard error how fast."""
-    from tersor import api, show
+    from tersor import show, writing
 
     with show.progress():
-        written = api.write(
+        written = writing.write(
             artifact,
             prompt,
             tokens=tokens,
@@ -58,11 +58,11 @@ def chat(
     """Talk with an artifact, a line at a time. /new begins anew, /exit or the end of the input ends it; Ctrl-C ends an
     answer, or the conversation where none is being given.
     """
-    from tersor import api, show
+    from tersor import show, writing
 
     try:
         with show.progress():
-            talk = api.chat(
+            talk = writing.chat(
                 artifact,
                 tokens=tokens,
                 context=context,

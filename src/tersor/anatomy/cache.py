@@ -11,7 +11,6 @@ import hashlib
 import importlib.util
 import io
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -24,6 +23,7 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from tersor.anatomy.folder import cache_folder
 from tersor.anatomy.packed import gguf
 from tersor.anatomy.shards import samples
 from tersor.errors import BadInput, UnknownArchitecture
@@ -91,13 +91,6 @@ def from_module(model: nn.Module, cache_dir: Path | None) -> Path:
             shutil.copyfile(path, folder / name)
 
     return _once(cache_folder(cache_dir), key, write)
-
-
-def cache_folder(cache_dir: Path | None = None) -> Path:
-    """Where materialised models and sampled text are kept: ``cache_dir``, or the user's cache folder."""
-    if cache_dir is not None:
-        return Path(cache_dir)
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tersor"
 
 
 def _key(parts: Iterable[bytes]) -> str:

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from tersor.anatomy import WeightLoader, analyse, cache_folder, open_source, skeleton
-from tersor.artifact import Artifact, open_artifact
 from tersor.contracts import Anatomy, Quality
 from tersor.errors import BadInput, ShapeMismatch
 from tersor.runtime.stream import BlockStream
-from tersor.stages.context import Progress, silent
+from tersor.stages.context import Progress
 from tersor.stages.estimate import chunk_sequences
+from tersor.stages.opened import open_whole
 from tersor.stages.options import Options
 from tersor.stages.text import prepare_texts
 from tersor.stages.verify import Pair, artifact_loader, measure_quality
@@ -88,13 +88,6 @@ def is_artifact(path: Path) -> bool:
         return False
     quantization = config.get("quantization_config") if isinstance(config, dict) else None
     return isinstance(quantization, dict) and quantization.get("quant_method") == "tersor"
-
-
-def open_whole(path: Path, progress: Progress = silent) -> Artifact:
-    """The artifact at ``path``, every file of it read and found to be what was written. Raises CorruptArtifact."""
-    artifact = open_artifact(path)
-    artifact.verify_hashes(lambda done, total: progress("hashes", done, total))
-    return artifact
 
 
 def _plain_stream(path: Path, reference: Anatomy, dtype: torch.dtype, cache_dir: Path | None) -> BlockStream:

@@ -6,14 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING
-
 from tersor.errors import BadInput
 
 
 def refuse_foreign_code(path: Path, config: Mapping[str, Any], *, trust_remote_code: bool) -> None:
     """Raises BadInput where the artifact's model needs code that comes with it, and nobody said to trust that."""
-    if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING and not trust_remote_code:
+    if trust_remote_code or "auto_map" not in config:
+        return
+    # Imported when it is needed: it takes a second.
+    from transformers import CONFIG_MAPPING
+
+    if config.get("model_type") not in CONFIG_MAPPING:
         raise BadInput(
             f"{path} brings code of its own, which its model needs: look at it, and pass --trust-remote-code if you "
             f"trust it."

@@ -38,4 +38,6 @@ def write_text(
             f"takes; give a shorter prompt or fewer --tokens."
         )
     session.prepare(given + tokens, cache_dtype)
-    return session.write(ids, tokens=tokens, style=style, on_text=on_text)
+    written = session.write(ids, tokens=tokens, style=style, on_text=on_text)
+    session.keep()
+    return written

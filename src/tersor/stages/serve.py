@@ -17,8 +17,8 @@ from transformers.utils import logging
 from tersor.errors import BadInput, UnknownArchitecture
 from tersor.runtime.decoding import Decoder
 from tersor.stages.context import Progress
-from tersor.stages.evaluate import open_whole
 from tersor.stages.foreign import refuse_foreign_code
+from tersor.stages.opened import open_whole
 from tersor.stages.text import tokenizer_in
 
 _PACKAGES = ("fastapi", "uvicorn", "openai", "pydantic")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -11,13 +12,18 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, TextStreamer
 
+from tersor.artifact import Artifact
 from tersor.errors import BadInput, UnknownArchitecture
 from tersor.runtime.decoding import Chooser, Decoder, write_on
-from tersor.stages.evaluate import open_whole
+from tersor.runtime.decoding.blueprint import Blueprint, draw, rebuild
+from tersor.runtime.memory import give_back
+from tersor.stages import known
 from tersor.stages.foreign import refuse_foreign_code
-from tersor.stages.text import tokenizer_in
+from tersor.stages.opened import open_whole
 
 OnText = Callable[[str], None]
+LONGEST = 8192
+"""Tokens of the texts that a blueprint is drawn for, where the model takes as many and no longer one was asked for."""
 
 
 @dataclass(frozen=True)
@@ -71,27 +77,70 @@ class Style:
             raise BadInput(f"--seed {self.seed} cannot be used; give a whole number from 0 to {2**64 - 1}.")
 
 
-@dataclass
-class Session:
-    """A model and its tokenizer, and what its decoder remembers.
-
-    ``limit``: positions that the model has, if it says so.
+@dataclass(frozen=True)
+class Manner:
+    """What a model's configurations say about writing: ``limit``, the positions that it has, if it says so; ``stops``,
+    tokens that end a text; ``top_k`` and ``top_p``, which leave all tokens at 0 and 1.
     """
 
-    model: Any
-    tokenizer: Any
     limit: int | None
-    stops: frozenset[int]
+    stops: tuple[int, ...]
+    top_k: int
+    top_p: float
+
+
+@dataclass
+class Session:
+    """An artifact and its tokenizer, and what its decoder remembers.
+
+    ``blueprint``: of its step, from an earlier run.
+    """
+
+    artifact: Artifact
+    tokenizer: Any
+    manner: Manner
+    trust_remote_code: bool = False
+    blueprint: Blueprint | None = None
     decoder: Decoder | None = None
     fallback: str | None = None
     remembered: list[int] = field(default_factory=list)
+    _model: Any = None
+    _kept: bool = False
+
+    @property
+    def model(self) -> Any:
+        """The model in transformers, loaded when it is first asked for."""
+        if self._model is None:
+            self._model = _load_model(self.artifact.folder, self.trust_remote_code)
+        return self._model
+
+    @property
+    def limit(self) -> int | None:
+        return self.manner.limit
 
     def prepare(self, context: int, cache_dtype: torch.dtype) -> None:
         """Make a decoder of texts of up to ``context`` tokens, or note why there is none."""
+        if self.blueprint is not None:
+            # What does not come out as it did is found out anew.
+            with contextlib.suppress(UnknownArchitecture):
+                self.decoder = rebuild(self.blueprint, self.artifact, context=context, cache_dtype=cache_dtype)
+                return
         try:
             self.decoder = Decoder.of(self.model, context=context, cache_dtype=cache_dtype)
         except UnknownArchitecture as error:
             self.fallback = str(error)
+
+    def keep(self) -> None:
+        """Keep what was found out for later runs, where there is something to keep and a place for it."""
+        if self._kept or self.decoder is None or self._model is None or "auto_map" in self.artifact.config:
+            return
+        self._kept = True
+        with contextlib.suppress(UnknownArchitecture, OSError):
+            context = max(self.decoder.context, min(self.limit or LONGEST, LONGEST))
+            found = draw(self._model, self.artifact.manifest.kept, context)
+            found.data["manner"] = asdict(self.manner)
+            found.data["tokenizer"] = known.describe_tokenizer(self.tokenizer)
+            found.save(known.place(self.artifact))
 
     def encode(self, prompt: str) -> list[int]:
         """Tokens of a user's turn, up to where the model's answer begins; of the text itself where the tokenizer has no
@@ -117,13 +166,12 @@ class Session:
         self.decoder.rewind(known)
         pieces = None if on_text is None else _Pieces(self.tokenizer, on_text)
         choose = Chooser(
-            temperature=style.temperature, top_k=self._setting("top_k", 0), top_p=self._setting("top_p", 1.0),
-            seed=style.seed,
-        )  # fmt: skip
+            temperature=style.temperature, top_k=self.manner.top_k, top_p=self.manner.top_p, seed=style.seed
+        )
         new: list[int] = []
         times = [perf_counter()]
         try:
-            for token in write_on(self.decoder, ids[known:], choose, tokens=tokens, stops=self.stops):
+            for token in write_on(self.decoder, ids[known:], choose, tokens=tokens, stops=self.manner.stops):
                 times.append(perf_counter())
                 new.append(token)
                 if pieces is not None:
@@ -140,22 +188,22 @@ class Session:
             times[1] - times[0],
             times[-1] - times[1],
             None,
-            new[-1] in self.stops,
+            new[-1] in self.manner.stops,
             tuple(new),
         )
 
     def _write_by_transformers(self, ids: list[int], tokens: int, style: Style, on_text: OnText | None) -> Written:
         times: list[float] = []
         pieces = _Pieces(self.tokenizer, on_text or _unheard, times)
-        stops = sorted(self.stops)
+        stops = sorted(self.manner.stops)
         pad = self.tokenizer.pad_token_id
         settings: dict[str, Any] = {"do_sample": False}
         if style.temperature > 0:
             settings = {
                 "do_sample": True,
                 "temperature": style.temperature,
-                "top_k": self._setting("top_k", 0),
-                "top_p": self._setting("top_p", 1.0),
+                "top_k": self.manner.top_k,
+                "top_p": self.manner.top_p,
             }
         config = GenerationConfig(
             max_new_tokens=tokens,
@@ -173,12 +221,8 @@ class Session:
         new = output[0, len(ids) :].tolist()
         text = self.tokenizer.decode(new, skip_special_tokens=True)
         first, last = times[1], times[-1]  # the prompt is handed on too
-        ended = new[-1] in self.stops
+        ended = new[-1] in self.manner.stops
         return Written(str(text), len(ids), len(new), first - start, last - first, self.fallback, ended, tuple(new))
-
-    def _setting(self, name: str, default: Any) -> Any:
-        value = getattr(self.model.generation_config, name, None)
-        return default if value is None else value
 
 
 class _Pieces(TextStreamer):  # type: ignore[misc]
@@ -210,13 +254,50 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def open_session(path: Path, *, trust_remote_code: bool) -> Session:
-    """Load an artifact to write with it. Raises BadInput or CorruptArtifact for what cannot be."""
-    refuse_foreign_code(path, open_whole(path).config, trust_remote_code=trust_remote_code)
-    tokenizer = tokenizer_in(path, trust_remote_code=trust_remote_code)
-    # Packed layers stay as they are; of the rest, which is small, the most exact type costs little.
-    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=trust_remote_code, dtype=torch.float32).eval()
+    """Open an artifact to write with it. Raises BadInput or CorruptArtifact for what cannot be.
+
+    The model itself is loaded when it is needed: not where an earlier run left a blueprint.
+    """
+    artifact = open_whole(path)
+    refuse_foreign_code(path, artifact.config, trust_remote_code=trust_remote_code)
+    blueprint = known.load(artifact)
+    session = None if blueprint is None else _from_known(artifact, blueprint)
+    session = _anew(artifact, trust_remote_code) if session is None else session
+    give_back()
+    return session
+
+
+def _from_known(artifact: Artifact, blueprint: Blueprint) -> Session | None:
+    tokenizer = known.open_tokenizer(artifact.folder, blueprint.data.get("tokenizer"))
+    try:
+        manner = Manner(**{**blueprint.data["manner"], "stops": tuple(blueprint.data["manner"]["stops"])})
+    except (KeyError, TypeError):
+        return None
+    return None if tokenizer is None else Session(artifact, tokenizer, manner, blueprint=blueprint)
+
+
+def _anew(artifact: Artifact, trust_remote_code: bool) -> Session:
+    # Imported when there is no other way: it takes seconds, and 70 MB.
+    from tersor.stages.text import tokenizer_in
+
+    tokenizer = tokenizer_in(artifact.folder, trust_remote_code=trust_remote_code)
+    give_back()  # reading a tokenizer takes twice what it keeps
+    model = _load_model(artifact.folder, trust_remote_code)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    ends = getattr(model.generation_config, "eos_token_id", None)
+    settings = model.generation_config
+    ends = getattr(settings, "eos_token_id", None)
     ends = tokenizer.eos_token_id if ends is None else ends
-    stops = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
-    return Session(model, tokenizer, limit if isinstance(limit, int) and limit > 0 else None, stops)
+    top_k, top_p = getattr(settings, "top_k", None), getattr(settings, "top_p", None)
+    manner = Manner(
+        limit if isinstance(limit, int) and limit > 0 else None,
+        tuple(sorted(set(ends if isinstance(ends, list) else [] if ends is None else [ends]))),
+        0 if top_k is None else top_k,
+        1.0 if top_p is None else top_p,
+    )
+    return Session(artifact, tokenizer, manner, trust_remote_code, _model=model)
+
+
+def _load_model(path: Path, trust_remote_code: bool) -> Any:
+    # Packed layers stay as they are; of the rest, which is small, the most exact type costs little.
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=trust_remote_code, dtype=torch.float32)
+    return model.eval()

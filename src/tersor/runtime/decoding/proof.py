@@ -10,7 +10,8 @@ from torch import Tensor
 from tersor.errors import UnknownArchitecture
 from tersor.runtime.packed import Packed
 
-_LENGTH = 40  # more than one chunk of a prompt
+LENGTH = 40
+"""Tokens of the text, where there is room for them: more than one chunk of a prompt."""
 _STEPS = 2
 
 
@@ -28,32 +29,50 @@ def prove(model: Any, decoder: _Decodes, *, halves: bool = False) -> float:
     float32 (2e-5 was seen), of inputs to 16 bits where weights are packed (3e-3 was seen), of everything to the model's
     own type in one of 16 bits, where the proof says less. Raises UnknownArchitecture where logits are further apart.
     """
-    vocabulary = model.get_output_embeddings().out_features
-    length = min(_LENGTH, decoder.context)
-    ids = [(7919 * i * i + 104729 * i + 31) % vocabulary for i in range(length)]
+    expected = expected_logits(model, min(LENGTH, decoder.context))
+    return compare(decoder, expected, min(LENGTH, decoder.context), bound(model, halves))
+
+
+def expected_logits(model: Any, length: int) -> Tensor:
+    """The model's own logits after the last tokens of the text of ``length``: of those that are fed one by one, and of
+    the one before. ``(min(length, 3), vocabulary)`` float32. Raises UnknownArchitecture for any that is not finite.
+    """
+    ids = _text(model.get_output_embeddings().out_features, length)
     with torch.no_grad():
-        expected = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
-    if not bool(torch.isfinite(expected).all()):
+        logits: Tensor = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
+    if not bool(torch.isfinite(logits).all()):
         raise UnknownArchitecture("the model's own logits are not finite, so that nothing can be compared with them")
-    steps = min(_STEPS, length - 1)
-    worst = 0.0
-    for stop in range(length - steps, length + 1):
-        first = 0 if stop == length - steps else stop - 1
-        logits, own = decoder.feed(ids[first:stop]), expected[stop - 1]
+    return logits[-1 - _STEPS :].clone()
+
+
+def compare(decoder: _Decodes, expected: Tensor, length: int, most: float) -> float:
+    """Feed the text of ``length`` tokens, which the decoder forgets again; the greatest difference of logits.
+
+    ``expected``: what :func:`expected_logits` gave. Raises UnknownArchitecture for a difference above ``most``.
+    """
+    ids = _text(expected.shape[1], length)
+    worst, first = 0.0, 0
+    for stop, own in zip(range(length - len(expected) + 1, length + 1), expected, strict=True):
+        logits = decoder.feed(ids[first:stop])
         if not bool(torch.isfinite(logits).all()):
             raise UnknownArchitecture("a step of ours gave logits that are not finite")
         worst = max(worst, float((logits - own).abs().max() / own.std().clamp_min(1e-30)))
+        first = stop
     decoder.rewind()
-    bound = _bound(model, halves)
-    if not worst <= bound:
+    if not worst <= most:
         raise UnknownArchitecture(
-            f"a step of ours gives logits {worst:.2g} standard deviations from its own, and {bound:g} is the most that "
+            f"a step of ours gives logits {worst:.2g} standard deviations from its own, and {most:g} is the most that "
             f"rounding explains"
         )
     return worst
 
 
-def _bound(model: Any, halves: bool) -> float:
+def _text(vocabulary: int, length: int) -> list[int]:
+    return [(7919 * i * i + 104729 * i + 31) % vocabulary for i in range(length)]
+
+
+def bound(model: Any, halves: bool) -> float:
+    """The most that rounding explains; ``halves`` as for :func:`prove`."""
     if any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in model.parameters()):
         return 2e-1
     rounds = halves or any(isinstance(module, Packed) for module in model.modules())
