@@ -118,6 +118,22 @@ def test_products_are_those_of_the_decoded_weight(text: str) -> None:
         check(product, weight, inputs(tokens, columns, tokens), terms=40.0 if re.search(r"lowrank\d+\(", text) else 2.0)
 
 
+@pytest.mark.parametrize("text", ALL)
+def test_rows_are_those_of_the_decoded_weight(text: str) -> None:
+    columns = 96 if parse(text).accepts((ROWS, 96)) else 192 if parse(text).accepts((ROWS, 192)) else 256
+    codec, tensors, weight = encoded(text, columns=columns)
+    product = product_of(codec, tensors, (ROWS, columns))
+    assert product is not None
+    some = torch.tensor([ROWS - 1, 0, 3, 41, 65])
+    found = products.read_rows(product, some)
+    if found is None:
+        assert not text.startswith(("int", "trellis", "rot(int", "rot(trellis", "rows", "bf16")), text
+        return
+    torch.testing.assert_close(found, weight[some], rtol=1e-5, atol=2e-6 * float(weight.abs().max()))
+    with pytest.raises(ValueError, match=f"row {ROWS} is not one of {ROWS}"):
+        products.read_rows(product, torch.tensor([0, ROWS]))
+
+
 @pytest.mark.parametrize(
     "text", ["int4:row", "int3:row:asym", "sint8:row", "lut3:row", "fp8:e5m2:row", "ternary:row", "bin3:row:s8",
              "trellis3:L8", "rot(int5:row)", "rot(trellis2:L8)", "bf16", "sparse2.5", "lowrank2", "colscale(int2:row)"]

@@ -45,6 +45,16 @@ def multiply(product: Product, x: Tensor, *, bits: int = 16) -> Tensor:
     return y
 
 
+def read_rows(product: Product, rows: Tensor) -> Tensor | None:
+    """Rows ``rows (n,)`` int64 of the weight, ``(n, in)`` float32; None where the product has no short way to them.
+
+    Raises ValueError for a row that there is not.
+    """
+    found = torch.empty(len(rows), product.columns)
+    read: bool = product.read_rows(rows.contiguous().numpy(), found.numpy())  # type: ignore[attr-defined]
+    return found if read else None
+
+
 def row_codes(
     codes: Tensor,
     *,

@@ -130,6 +130,23 @@ class Rotated final : public Product {
         return inner_->begin(std::move(inputs), y, stride, options);
     }
 
+    bool read_row(int64_t row, float* to) const override {
+        if (!inner_->read_row(row, to)) return false;
+        // The rotation is (cosines x Hadamard) * signs, so its transpose takes the row back.
+        const int64_t power = columns / odd_;
+        Buffer back(to, to + columns);
+        butterflies(back.data(), columns, power);
+        if (odd_ > 1) {
+            Buffer transposed(odd_ * odd_), mixed(columns);
+            for (int64_t i = 0; i < odd_; ++i)
+                for (int64_t j = 0; j < odd_; ++j) transposed[i * odd_ + j] = cosines_[j * odd_ + i];
+            mix(transposed.data(), back.data(), odd_, power, mixed.data());
+            back.swap(mixed);
+        }
+        multiply(back.data(), signs_.data(), columns, to);
+        return true;
+    }
+
   private:
     Buffer turn(const float* x, int64_t tokens, const Options& options) const {
         Buffer turned(tokens * columns), work(odd_ > 1 ? tokens * columns : 0);
@@ -237,6 +254,12 @@ class Scaled final : public Product {
         return inner_->begin(std::move(inputs), y, stride, options);
     }
 
+    bool read_row(int64_t row, float* to) const override {
+        if (!inner_->read_row(row, to)) return false;
+        for (int64_t c = 0; c < columns; ++c) to[c] *= factors_[c];
+        return true;
+    }
+
   private:
     Buffer scale(const float* x, int64_t tokens) const {
         Buffer scaled(tokens * columns);
@@ -283,6 +306,12 @@ class Stacked final : public Product {
     }
     std::unique_ptr<Job> begin(ReadyPtr inputs, float* y, int64_t stride, const Options& options) const override {
         return all_.begin(std::move(inputs), outputs(y, stride), options);
+    }
+
+    bool read_row(int64_t row, float* to) const override {
+        size_t i = 0;
+        for (; row >= all_.all()[i]->rows; ++i) row -= all_.all()[i]->rows;
+        return all_.all()[i]->read_row(row, to);
     }
 
   private:

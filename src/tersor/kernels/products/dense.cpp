@@ -189,6 +189,15 @@ class Dense final : public Product {
         return std::make_shared<PlainInputs>(x, tokens);
     }
     std::unique_ptr<Job> begin(ReadyPtr inputs, float* y, int64_t stride, const Options&) const override;
+    bool read_row(int64_t row, float* to) const override {
+        const uint8_t* from = static_cast<const uint8_t*>(weight_.data()) + row * row_bytes();
+        for (int64_t c = 0; c < columns; ++c) {
+            if (kind_ == Kind::bf16) to[c] = value<Kind::bf16>(from, c);
+            if (kind_ == Kind::fp16) to[c] = value<Kind::fp16>(from, c);
+            if (kind_ == Kind::fp32) to[c] = value<Kind::fp32>(from, c);
+        }
+        return true;
+    }
 
     void rows_from(int64_t first, int64_t count, const PlainInputs& inputs, float* y, int64_t stride) const {
         const Span span{static_cast<const uint8_t*>(weight_.data()) + first * row_bytes(), row_bytes(), columns,

@@ -42,6 +42,18 @@ void apply(const Product& product, In<float, 2> x, Out<float, 2> y, int threads,
     product.apply(x.data(), static_cast<int64_t>(x.shape(0)), y.data(), product.rows, options);
 }
 
+bool read_rows(const Product& product, In<int64_t, 1> rows, Out<float, 2> to) {
+    require(rows.shape(0) == to.shape(0) && static_cast<int64_t>(to.shape(1)) == product.columns,
+            "there is not a row of " + std::to_string(product.columns) + " columns for every row asked for");
+    for (size_t i = 0; i < rows.shape(0); ++i)
+        require(0 <= rows.data()[i] && rows.data()[i] < product.rows,
+                "row " + std::to_string(rows.data()[i]) + " is not one of " + std::to_string(product.rows));
+    nb::gil_scoped_release release;
+    for (size_t i = 0; i < rows.shape(0); ++i)
+        if (!product.read_row(rows.data()[i], to.data() + i * product.columns)) return false;
+    return true;
+}
+
 // Reads all of a buffer, and gives a sum of it so that nothing can leave the reading out: what a product that did nothing
 // but fetch its weight would take.
 // Four stretches in turn, as products read four rows: more of them are under way at once than of a single one.
@@ -95,7 +107,8 @@ NB_MODULE(_products, module) {
     nb::class_<Product>(module, "Product")
         .def_ro("rows", &Product::rows)
         .def_ro("columns", &Product::columns)
-        .def("apply", &apply, nb::arg("x"), nb::arg("y"), nb::arg("threads"), nb::arg("int8"));
+        .def("apply", &apply, nb::arg("x"), nb::arg("y"), nb::arg("threads"), nb::arg("int8"))
+        .def("read_rows", &read_rows, nb::arg("rows"), nb::arg("to"));
     module.def("isa", [] { return name_of(isa()); });
     module.def("limit_isa", [](const std::string& name) { limit_isa(named(name)); });
     module.def("read_all", &read_all, nb::arg("buffer"), nb::arg("threads"));

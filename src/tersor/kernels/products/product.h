@@ -63,6 +63,10 @@ class Product {
     virtual ReadyPtr ready(const float*, int64_t, const Options&) const { return nullptr; }
     virtual std::unique_ptr<Job> begin(ReadyPtr, float*, int64_t, const Options&) const { return nullptr; }
 
+    // Writes row `row` of the weight (columns,), as embeddings need it. False, and nothing written, where a product has
+    // no short way to it.
+    virtual bool read_row(int64_t, float*) const { return false; }
+
     const int64_t rows, columns;
 };
 

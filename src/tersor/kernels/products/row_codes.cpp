@@ -302,6 +302,25 @@ class RowCodes final : public Product {
         const int64_t tokens = static_cast<const RowReady&>(*ready).rounded.tokens;
         return std::make_unique<RowJob>(layout_, std::move(ready), y, stride, rows_of_part(layout_, tokens, options));
     }
+    bool read_row(int64_t row, float* to) const override {
+        if (layout_.table_planes == 2) return false;  // such tables are rounded for products
+        const uint8_t* codes = layout_.codes + row * layout_.row_bytes;
+        const uint64_t mask = (1u << layout_.bits) - 1;
+        const float* table = layout_.values.data() + (layout_.tables > 1 ? row * layout_.table_width : 0);
+        const float factor = layout_.factor.size() > 1 ? layout_.factor[row] : layout_.factor[0];
+        RowScales scales(layout_);
+        scales.expand(layout_, row);
+        for (int64_t c = 0; c < columns; c += 8) {
+            const uint64_t word = eight_bytes(codes + c / 8 * layout_.bits, codes + layout_.row_bytes, layout_.bits);
+            for (int64_t i = 0; i < std::min<int64_t>(8, columns - c); ++i) {
+                const auto code = static_cast<int64_t>(word >> (i * layout_.bits) & mask);
+                const int64_t group = (c + i) / layout_.group;
+                const float value = layout_.table_planes > 0 ? table[code] : static_cast<float>(code);
+                to[c + i] = factor * (scales.scale[group] * value - scales.shifted[group]);
+            }
+        }
+        return true;
+    }
 
   private:
     RowLayout layout_;

@@ -90,25 +90,36 @@ void lay_out(const uint8_t* codes, int64_t stride, int64_t columns, int unit_byt
 
 namespace {
 
+uint32_t code_at(int bits, const uint8_t* stream, int row) {
+    const int bit = row * bits, shift = bit % 8;
+    uint32_t found = stream[bit / 8] >> shift;
+    if (shift + bits > 8) found |= static_cast<uint32_t>(stream[bit / 8 + 1]) << (8 - shift);
+    return found & ((1u << bits) - 1);
+}
+
+// Codes of the `count` rows before a row and its own, the newest in the lowest bits; the stream is a ring.
+uint32_t state_of(const Code& code, const uint8_t* stream, int rows, int row, int count) {
+    uint32_t state = 0;
+    for (int age = count; age >= 0; --age)
+        state = state << code.bits | code_at(code.bits, stream, ((row - age) % rows + rows) % rows);
+    return state & ((1u << code.window) - 1);
+}
+
 // The rows of one column, before scales.
 void decode_column(const Code& code, const uint8_t* stream, int rows, int8_t* values) {
-    const uint32_t newest = (1u << code.bits) - 1, all = (1u << code.window) - 1;
-    const auto code_at = [&](int row) {
-        const int bit = row * code.bits, shift = bit % 8;
-        uint32_t found = stream[bit / 8] >> shift;
-        if (shift + code.bits > 8) found |= static_cast<uint32_t>(stream[bit / 8 + 1]) << (8 - shift);
-        return found & newest;
-    };
-    uint32_t state = 0;
-    for (int age = (code.window - 1) / code.bits; age > 0; --age)
-        state = state << code.bits | code_at(((-age) % rows + rows) % rows);
-    for (int row = 0; row < rows; ++row) {
-        state = (state << code.bits | code_at(row)) & all;
+    uint32_t state = state_of(code, stream, rows, 0, (code.window - 1) / code.bits);
+    values[0] = code.states[state];
+    for (int row = 1; row < rows; ++row) {
+        state = (state << code.bits | code_at(code.bits, stream, row)) & ((1u << code.window) - 1);
         values[row] = code.states[state];
     }
 }
 
 }  // namespace
+
+int8_t value_at(const Code& code, const uint8_t* stream, int rows, int row) {
+    return code.states[state_of(code, stream, rows, row, (code.window - 1) / code.bits)];
+}
 
 void portable(const Code& code, const Tile& tile, int64_t first, int64_t last, const Inputs& inputs, int64_t* sums) {
     constexpr int64_t COUNT = 64;  // columns at a time

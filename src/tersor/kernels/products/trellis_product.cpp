@@ -72,6 +72,15 @@ class TrellisProduct final : public Product {
         return std::make_shared<TrellisReady>(x, tokens, columns, joins(), options);
     }
     std::unique_ptr<Job> begin(ReadyPtr inputs, float* y, int64_t stride, const Options& options) const override;
+    bool read_row(int64_t row, float* to) const override {
+        const int64_t tile = row / stored_.tile;
+        const uint8_t* codes = stored_.codes + tile * columns * stored_.stride;
+        const float scale = static_cast<float>(stored_.unit * double{stored_.scale[row]});
+        for (int64_t c = 0; c < columns; ++c)
+            to[c] = scale * value_at(*code_, codes + c * stored_.stride, static_cast<int>(rows_of(tile)),
+                                     static_cast<int>(row - tile * stored_.tile));
+        return true;
+    }
 
   private:
     friend TrellisJob;

@@ -69,6 +69,9 @@ struct Tile {
     const uint8_t* laid_out;  // the same interleaved, group after group of four columns; or null
 };
 
+// The value of one row of a column whose stream has `rows` of them, before scales.
+int8_t value_at(const Code&, const uint8_t* stream, int rows, int row);
+
 // What the weight is multiplied by.
 struct Inputs {
     const Activations* planes;
