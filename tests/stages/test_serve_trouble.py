@@ -248,14 +248,17 @@ def test_large_bodies_are_refused(slow: str, size: int, chunked: bool) -> None:
     assert post(slow, CHAT, chat(max_tokens=1))[0] == 200
 
 
-def test_ctrl_c_breaks_streams_off_with_a_sentence(artifact: Path) -> None:
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_breaks_streams_off_with_a_sentence(artifact: Path, presses: int) -> None:
     with served(artifact, first=SLOW.replace(str(STEP), "0.5")) as (process, address):
         stream = client(address).chat.completions.create(
             model="small model", messages=[{"role": "user", "content": "hi"}], stream=True, **Z
         )
         next(iter(stream))
         waiting = begin(address, chat(), read=False)
-        process.send_signal(signal.SIGINT)
+        for _ in range(presses):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.3)
         with pytest.raises(openai.APIError, match=r"The server is stopping\.") as caught:
             list(stream)
         assert caught.value.code == "stopping"

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Callable
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
@@ -25,11 +26,22 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._manager = manager
         self._ready = ready
+        self._hurried = False
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
         await super().startup(sockets=sockets)
         if self.started:
             self._ready()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Ctrl-C; a second one takes the patience away, and a third what is left of order."""
+        if self.should_exit and not self._hurried and self._loop is not None:
+            self._hurried = True
+            self._loop.call_soon_threadsafe(self._manager.end)
+            return
+        super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         asyncio.get_running_loop().call_later(_PATIENCE, self._manager.end)
