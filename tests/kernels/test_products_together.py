@@ -10,7 +10,7 @@ import torch
 from tersor.codecs.packing import pack
 from tersor.codecs.trellis import Trellis
 from tersor.codecs.trellis_tables import TABLES
-from tersor.kernels import products, products_composed, products_trellis, step
+from tersor.kernels import products, products_composed, products_floats, products_trellis, step
 from tersor.kernels.products import Product
 from tersor.kernels.products_trellis import TrellisCode
 
@@ -46,6 +46,7 @@ def trellis(rows: int, bits: int, draw: torch.Generator) -> Product:
 
 def all_kinds() -> list[Product]:
     draw = torch.Generator().manual_seed(3)
+    codes = torch.randint(256, (30, COLUMNS // 4), generator=draw, dtype=torch.uint8)
     dense = products_composed.dense(torch.randn(70, COLUMNS, generator=draw))
     return [
         row_codes(100, 4, 32, draw),
@@ -59,6 +60,9 @@ def all_kinds() -> list[Product]:
         dense,
         products_composed.total([row_codes(20, 3, 32, draw), row_codes(20, 2, 32, draw)]),  # has no steps of its own
         products_composed.stacked([row_codes(9, 2, 128, draw), products_composed.rotated(trellis(128, 2, draw), 5)]),
+        products_floats.codebook(codes, torch.ones(30, 1).half(), torch.randn(1, 256, 4, generator=draw), COLUMNS),
+        products_floats.codebook(codes, torch.ones(30, 1).half(), torch.randn(2, 16, 4, generator=draw), COLUMNS),
+        products_floats.codebook(codes, torch.ones(30, 1).half(), torch.randn(1, 64, 3, generator=draw), COLUMNS),
         products_composed.scaled(row_codes(50, 8, 32, draw), torch.rand(COLUMNS, generator=draw) + 0.5),
     ]
 

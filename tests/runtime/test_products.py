@@ -31,6 +31,11 @@ LEVELS = ("avx512", "avx2", "portable")
 COMPOSED = [
     "bf16",
     "fp16",
+    "vq5x2",
+    "vq8x3:r2",
+    "vq4x12:r3",
+    "rot(vq6x4)",
+    "colscale(e8p:row)",
     "rot(int3:g32)",
     "rot(lut3:row):seed5",
     "rot(trellis2:L10)",
@@ -52,7 +57,7 @@ COMPOSED = [
     "rows(40:int6:g32:s8,64:rot(trellis4:L8),72:bf16)",
 ]
 STREAMS = ["coded(int4:row):3.3", "coded(ternary:g32):1.9", "coded(fp4:e2m1:g32):3.6", "rot(coded(int5:row):3.2)"]
-NONE = {"e8p:row", *(text for text in LEAVES if text.startswith(("pvq", "vq"))), *KINDS, *GRIDS}
+NONE = {*(text for text in LEAVES if text.startswith("pvq")), *KINDS, *GRIDS}
 NONE |= {"block4:8x16", "block3:7x24:shift:fp16"}
 ALL = [text for text in (*LEAVES, *TILED, *COMPOSED, *STREAMS) if text not in NONE]
 ROWS = 72
@@ -180,7 +185,17 @@ def test_fine_streams_are_kept_in_bfloat16() -> None:
 
 
 def test_stored_tensors_are_used_where_they_lie() -> None:
-    for text in ("int4:g32", "sint8:row", "fp4:e2m1:g32", "lut4:row", "bin:g32", "rot(trellis2:L8)", "bf16"):
+    for text in (
+        "int4:g32",
+        "sint8:row",
+        "fp4:e2m1:g32",
+        "lut4:row",
+        "bin:g32",
+        "rot(trellis2:L8)",
+        "bf16",
+        "vq6x4",
+        "e8p:row",
+    ):
         codec, tensors, weight = encoded(text)
         own = {name: tensor.clone() for name, tensor in tensors.items()}
         product = product_of(codec, own, (ROWS, 96))

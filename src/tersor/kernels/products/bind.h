@@ -23,5 +23,6 @@ void bind_step(nb::module_& module);
 void bind_dense(nb::module_& module);
 void bind_compose(nb::module_& module);
 void bind_trellis(nb::module_& module);
+void bind_codebook(nb::module_& module);
 
 }  // namespace tersor

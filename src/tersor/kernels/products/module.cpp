@@ -117,4 +117,5 @@ NB_MODULE(_products, module) {
     bind_dense(module);
     bind_compose(module);
     bind_trellis(module);
+    bind_codebook(module);
 }
