@@ -1,0 +1,157 @@
+// What the loops over row codes with 512-bit vectors are made of: stored bytes to codes, codes to table entries, and their
+// integer products with inputs. Included where the instructions exist alone.
+#pragma once
+
+#include <immintrin.h>
+
+#include <algorithm>
+
+#include "row_codes.h"
+
+#define TERSOR_512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni,avx512dq,f16c,fma")))
+#define TERSOR_512_INLINE TERSOR_512 inline __attribute__((always_inline))
+
+namespace tersor {
+namespace {
+
+// Bytes between what is used and what is fetched, from memory and into the first-level cache.
+constexpr int64_t AHEAD = 16384, SOON = 512;
+
+// How codes of a width become bytes, a step of `bytes` bytes at a time.
+struct Cut {
+    __m512i place, shift, mask;  // byte i of lane q is byte q * bits + i; code i of the lane begins at bit i * bits
+    int64_t bytes;
+};
+
+TERSOR_512_INLINE Cut cut_of(const RowLayout& layout) {
+    return {_mm512_loadu_si512(layout.place), _mm512_loadu_si512(layout.shift),
+            _mm512_set1_epi8(static_cast<char>((1 << layout.bits) - 1)), layout.slices > 0 ? 64 : 8 * layout.bits};
+}
+
+TERSOR_512_INLINE __mmask64 first_bytes(int64_t count) { return count >= 64 ? ~0ULL : (1ULL << count) - 1; }
+
+TERSOR_512_INLINE __m512i spread(__m512i bytes, const Cut& cut) {
+    const __m512i lanes = _mm512_permutexvar_epi8(cut.place, bytes);
+    return _mm512_and_si512(_mm512_multishift_epi64_epi8(cut.shift, lanes), cut.mask);
+}
+
+// Slice `Slice` of `Slices` of every byte; with no slices, 64 codes spread out.
+template <int Slices, int Slice>
+TERSOR_512_INLINE __m512i codes_of(__m512i bytes, const Cut& cut) {
+    if constexpr (Slices == 0) return spread(bytes, cut);
+    if constexpr (Slices == 1) return bytes;
+    if constexpr (Slice == 0) return _mm512_and_si512(bytes, cut.mask);
+    return _mm512_and_si512(_mm512_srli_epi16(bytes, Slice * (8 / std::max(Slices, 1))), cut.mask);
+}
+
+// 64 or 256 entries of a table, one plane.
+template <bool Wide>
+struct Table {
+    __m512i part[Wide ? 4 : 1];
+
+    TERSOR_512_INLINE void load(const uint8_t* entries) {
+        for (int i = 0; i < (Wide ? 4 : 1); ++i) part[i] = _mm512_loadu_si512(entries + 64 * i);
+    }
+    TERSOR_512_INLINE __m512i at(__m512i codes) const {
+        if constexpr (Wide) {
+            const __m512i first = _mm512_permutex2var_epi8(part[0], codes, part[1]);
+            const __m512i second = _mm512_permutex2var_epi8(part[2], codes, part[3]);
+            return _mm512_mask_blend_epi8(_mm512_movepi8_mask(codes), first, second);
+        } else {
+            return _mm512_permutexvar_epi8(codes, part[0]);
+        }
+    }
+};
+
+// The kind of loop: slices of a byte (0: spread), planes of a table (0: none), a table of more than 64 entries, two planes
+// of inputs, rows and tokens at a time.
+template <int Slices_, int Planes_, bool Wide_, bool Two_, int Rows_, int Tokens_>
+struct Kind {
+    static constexpr int Slices = Slices_, Planes = Planes_, Rows = Rows_, Tokens = Tokens_;
+    static constexpr bool Wide = Wide_, Two = Two_;
+    // Integer sums of a row and token, by the weight of their bytes: 1, 256 and 65536.
+    static constexpr int Sums = std::max(Planes_, 1) + Two_;
+    using Tables = Table<Wide_>[2][Rows_];
+    using Integers = __m512i[Rows_][Tokens_][std::max(Planes_, 1) + Two_];
+    using Floats = __m512[Rows_][Tokens_];
+};
+
+// What all rows of one call have in common.
+template <class K>
+struct Call {
+    const RowLayout& layout;
+    const int8_t* high[K::Tokens];
+    const int8_t* low[K::Tokens];
+    const float* group_sums[K::Tokens];
+    Cut cut;
+    int64_t steps;
+    __mmask64 whole, tail;  // bytes of a step, and of a row's last one
+    const int32_t* lanes;   // of small groups: 16 for every step of a fetch (of all steps, where a fetch is one step)
+    int64_t per_fetch;
+    bool fetched_once;      // every scale is fetched once on the way, and there is one zero for all groups of a row
+};
+
+template <class K>
+TERSOR_512_INLINE void clear(typename K::Integers& sum) {
+    for (int r = 0; r < K::Rows; ++r)
+        for (int t = 0; t < K::Tokens; ++t)
+            for (int i = 0; i < K::Sums; ++i) sum[r][t][i] = _mm512_setzero_si512();
+}
+
+template <class K>
+TERSOR_512_INLINE __m512 total(const __m512i (&sum)[K::Sums]) {
+    __m512 all = _mm512_cvtepi32_ps(sum[0]);
+    if constexpr (K::Sums > 1) all = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[1]), _mm512_set1_ps(256.0f), all);
+    if constexpr (K::Sums > 2) all = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[2]), _mm512_set1_ps(65536.0f), all);
+    return all;
+}
+
+// The same for few columns, where the sums of both planes fit one integer.
+template <class K>
+TERSOR_512_INLINE __m512 small_total(const __m512i (&sum)[K::Sums]) {
+    if constexpr (K::Sums == 2)
+        return _mm512_cvtepi32_ps(_mm512_add_epi32(sum[0], _mm512_slli_epi32(sum[1], 8)));
+    else
+        return total<K>(sum);
+}
+
+// One slice of a step: the sums of each row and token grow by 64 products in 16 lanes.
+template <class K, int Slice>
+TERSOR_512_INLINE void slice(const Call<K>& call, const __m512i (&bytes)[K::Rows], const typename K::Tables& table,
+                             int64_t x, typename K::Integers& sum) {
+    for (int t = 0; t < K::Tokens; ++t) {
+        const __m512i xh = _mm512_loadu_si512(call.high[t] + x);
+        const __m512i xl = K::Two ? _mm512_loadu_si512(call.low[t] + x) : xh;
+        for (int r = 0; r < K::Rows; ++r) {
+            const __m512i codes = codes_of<K::Slices, Slice>(bytes[r], call.cut);
+            const __m512i low = K::Planes > 0 ? table[0][r].at(codes) : codes;
+            __m512i(&s)[K::Sums] = sum[r][t];
+            s[0] = _mm512_dpbusd_epi32(s[0], low, xl);
+            if constexpr (K::Two) s[1] = _mm512_dpbusd_epi32(s[1], low, xh);
+            if constexpr (K::Planes == 2) {
+                const __m512i high = table[1][r].at(codes);
+                s[1] = _mm512_dpbusd_epi32(s[1], high, xl);
+                if constexpr (K::Two) s[2] = _mm512_dpbusd_epi32(s[2], high, xh);
+            }
+        }
+    }
+    if constexpr (Slice + 1 < K::Slices) slice<K, Slice + 1>(call, bytes, table, x + 64, sum);
+}
+
+template <class K>
+TERSOR_512_INLINE void step(const Call<K>& call, const uint8_t* codes, __mmask64 here, const typename K::Tables& table,
+                            int64_t s, typename K::Integers& sum) {
+    __m512i bytes[K::Rows];
+    for (int r = 0; r < K::Rows; ++r) {
+        const uint8_t* from = codes + r * call.layout.row_bytes;
+        bytes[r] = _mm512_maskz_loadu_epi8(here, from);
+        // Codes of later rows, as the hardware does not look beyond a page; not yet into the first-level cache, where rows
+        // of 2^k bytes would push each other out.
+        _mm_prefetch(reinterpret_cast<const char*>(from + AHEAD), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(from + SOON), _MM_HINT_T0);
+    }
+    slice<K, 0>(call, bytes, table, 64 * std::max(K::Slices, 1) * s, sum);
+}
+
+}  // namespace
+}  // namespace tersor
