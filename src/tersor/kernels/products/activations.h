@@ -1,12 +1,31 @@
 // Inputs rounded to integers, one scale a token, as integer products take them.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <new>
 #include <vector>
 
 #include "product.h"
 
 namespace tersor {
+
+// Vectors that begin where a cache line does: a fetch of 64 bytes that crosses two of them takes twice as long.
+template <typename T>
+struct OnLines {
+    using value_type = T;
+    static constexpr std::align_val_t LINE{64};
+    OnLines() = default;
+    template <typename U>
+    OnLines(const OnLines<U>&) {}
+    T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), LINE)); }
+    void deallocate(T* from, size_t) { ::operator delete(from, LINE); }
+    template <typename U>
+    bool operator==(const OnLines<U>&) const { return true; }
+    template <typename U>
+    bool operator!=(const OnLines<U>&) const { return false; }
+};
+using Plane = std::vector<int8_t, OnLines<int8_t>>;
 
 // x[t, c] ~ scale[t] * (256 * high[t, c] + low[t, c]), or scale[t] * high[t, c] with one plane. Values are in
 // [-127, 127] (high) and [-128, 127] (low); columns from `columns` up to `width`, a multiple of 64, are 0.
@@ -24,8 +43,8 @@ struct Activations {
 
     int64_t tokens, columns, width;
     bool two_planes;
-    std::vector<float> scale;        // (tokens,)
-    std::vector<int8_t> high, low;   // (tokens, width), 64 bytes of room after the end
+    std::vector<float> scale;  // (tokens,)
+    Plane high, low;           // (tokens, width), 64 bytes of room after the end
 };
 
 }  // namespace tersor

@@ -193,7 +193,7 @@ TERSOR_ROWS_IN_FLOATS(rows_avx2_floats, __attribute__((target("avx2,fma,bmi2")))
 namespace {
 
 // Entries as integers of one byte where they lie on a grid of at most 256 steps, else of two. `entries` of them, sorted
-// or not; the rest of the table is padding.
+// or not; they are repeated to the table's width, so that bits above a code's may be anything.
 void fit_table(const float* table, int64_t entries, int64_t width, int planes, uint8_t* high, uint8_t* low, float* values,
                float* factor, float* middle) {
     const auto [least, most] = std::minmax_element(table, table + entries);
@@ -207,7 +207,7 @@ void fit_table(const float* table, int64_t entries, int64_t width, int planes, u
     }
     if (!(step > 0.0f)) step = 1.0f;
     for (int64_t i = 0; i < width; ++i) {
-        const float u = i < entries ? std::nearbyint((table[i] - base) / step) : 0.0f;
+        const float u = std::nearbyint((table[i % entries] - base) / step);
         const int32_t whole = static_cast<int32_t>(u);
         low[i] = static_cast<uint8_t>(whole & 0xff);
         if (planes == 2) high[i] = static_cast<uint8_t>(whole >> 8);

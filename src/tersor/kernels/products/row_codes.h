@@ -25,19 +25,21 @@ struct RowLayout {
     const uint8_t* zero;           // (rows, zero_bytes): codes of `bits` bits, one a group; null: `middle`
     int64_t zero_bytes;
 
-    // Tables, of 2^bits entries of 8 or 16 bits: their high and low bytes. Padded to 64 or 256 entries.
+    // Tables, of 2^bits entries of 8 or 16 bits: their high and low bytes. Repeated to 64 or 256 entries.
     int table_planes;  // 0: no table, u is the code itself; 1: `low` alone; 2: 256 * high + low
     int64_t tables, table_width;
     std::vector<uint8_t> high, low;     // (tables, table_width)
     std::vector<float> values;          // (tables, table_width): u as a float
     std::vector<float> factor, middle;  // (tables,), or one of each
 
-    // For rows_avx512, made once: into how many slices a byte of codes is cut (0: codes are spread), and which of 16
-    // fetched scales each lane takes in each step of a fetch; see there.
-    int slices = 0;
+    // For rows_avx512, made once: into how many slices of 64 codes a step is cut, whether codes have to be spread to bytes,
+    // and which of 16 fetched scales each lane takes in each step of a fetch; see there.
+    int slices = 1;
+    bool spread = false;
     int64_t per_fetch = 1;
     std::vector<int32_t> lanes;
-    uint8_t place[64], shift[64];  // of codes that are spread
+    uint8_t place[64], shift[64];            // of a step's codes that are spread: a byte's, and the first slice's
+    uint8_t zero_place[64], zero_shift[64];  // the same of zeros, of which 64 are spread at a time
 
     bool wide_table() const { return table_width > 64; }
 };
@@ -48,12 +50,12 @@ struct RowInputs {
 
     const Activations& rounded;
     std::vector<float> group_sums;  // (tokens, groups): sums of the integers that stand for the inputs
-    // For rows_avx512: both planes laid out slice by slice of 64 bytes of codes, `width` columns a token. Where there are
-    // no slices, or one, the width is 0 and the planes are as they are in `rounded`.
+    // For rows_avx512: both planes laid out slice by slice, `width` columns a token. Where there is one slice, the width is
+    // 0 and the planes are as they are in `rounded`.
     const int8_t* high_of(int64_t token) const { return width > 0 ? high.data() + token * width : rounded.high_of(token); }
     const int8_t* low_of(int64_t token) const { return width > 0 ? low.data() + token * width : rounded.low_of(token); }
     int64_t width = 0;
-    std::vector<int8_t> high, low;
+    Plane high, low;
 
     // Those integers (tokens, width) for the loops that want them whole: in floats, or in 16 bits.
     std::vector<float> values;

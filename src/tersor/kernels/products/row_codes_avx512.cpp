@@ -32,7 +32,10 @@ TERSOR_512_INLINE __m512 zeros_at(const Call<K>& call, int64_t row, int64_t grou
         const int64_t byte = group / 64 * 8 * layout.bits;
         const __mmask64 here = first_bytes(std::min<int64_t>(layout.zero_bytes - byte, 8 * layout.bits));
         const uint8_t* from = layout.zero + row * layout.zero_bytes + byte;
-        _mm512_store_si512(zeros, spread(_mm512_maskz_loadu_epi8(here, from), call.cut));
+        const __m512i lanes =
+            _mm512_permutexvar_epi8(_mm512_loadu_si512(layout.zero_place), _mm512_maskz_loadu_epi8(here, from));
+        const __m512i codes = _mm512_multishift_epi64_epi8(_mm512_loadu_si512(layout.zero_shift), lanes);
+        _mm512_store_si512(zeros, _mm512_and_si512(codes, call.cut.mask));
     }
     const __m128i here = _mm_load_si128(reinterpret_cast<const __m128i*>(zeros + group % 64));
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(here));
@@ -71,9 +74,7 @@ TERSOR_512_INLINE void one_group(const Call<K>& call, int64_t row, const typenam
     const uint8_t* codes = call.layout.codes + row * call.layout.row_bytes;
     typename K::Integers sum;
     clear<K>(sum);
-    int64_t s = 0;
-    for (; s + 1 < call.steps; ++s, codes += call.cut.bytes) step<K>(call, codes, call.whole, table, s, sum);
-    step<K>(call, codes, call.tail, table, s, sum);
+    for (int64_t s = 0; s < call.steps; ++s, codes += call.cut.bytes) step<K>(call, codes, table, s, sum);
     for (int r = 0; r < K::Rows; ++r) {
         const __m512 first = scales_at(call.layout, row + r, row + r + 1);
         const __m512 scale = _mm512_broadcastss_ps(_mm512_castps512_ps128(first));
@@ -90,8 +91,8 @@ TERSOR_512_INLINE void whole_steps(const Call<K>& call, int64_t row, const typen
                                    typename K::Floats& result, typename K::Floats& weighed) {
     const RowLayout& layout = call.layout;
     const uint8_t* codes = layout.codes + row * layout.row_bytes;
-    const int64_t n = layout.groups, columns = 64 * std::max(K::Slices, 1);
-    const int64_t per_group = PerGroup > 0 ? PerGroup : layout.group / columns;
+    const int64_t n = layout.groups;
+    const int64_t per_group = PerGroup > 0 ? PerGroup : layout.group / K::Columns;
     const bool small = PerGroup > 0 || layout.group <= 2048;
     alignas(64) float scales[K::Rows][16];
     typename K::Integers sum;
@@ -105,8 +106,7 @@ TERSOR_512_INLINE void whole_steps(const Call<K>& call, int64_t row, const typen
         const int64_t here = std::min<int64_t>(16, n - block);
         for (int64_t g = 0; g < here; ++g) {
             clear<K>(sum);
-            for (int64_t i = 0; i < per_group; ++i, ++s, codes += call.cut.bytes)
-                step<K>(call, codes, call.whole, table, s, sum);
+            for (int64_t i = 0; i < per_group; ++i, ++s, codes += call.cut.bytes) step<K>(call, codes, table, s, sum);
             for (int r = 0; r < K::Rows; ++r) {
                 const __m512 scale = _mm512_set1_ps(scales[r][g]);
                 for (int t = 0; t < K::Tokens; ++t) {
@@ -125,11 +125,11 @@ TERSOR_512_INLINE void small_groups(const Call<K>& call, int64_t row, const type
                                     typename K::Floats& result, typename K::Floats& weighed) {
     const RowLayout& layout = call.layout;
     const uint8_t* codes = layout.codes + row * layout.row_bytes;
-    const int64_t n = layout.groups, columns = 64 * std::max(K::Slices, 1);
+    const int64_t n = layout.groups;
     typename K::Integers sum;
     __m512 scales[K::Rows];
     for (int64_t fetch = 0; fetch < call.steps; fetch += call.per_fetch) {
-        const int64_t group = columns * fetch / layout.group;
+        const int64_t group = K::Columns * fetch / layout.group;
         for (int r = 0; r < K::Rows; ++r) {
             scales[r] = scales_at(layout, (row + r) * n + group, (row + r + 1) * n);
             if (call.fetched_once) weigh<K>(call, scales[r], group, weighed[r]);
@@ -138,7 +138,7 @@ TERSOR_512_INLINE void small_groups(const Call<K>& call, int64_t row, const type
         const int64_t last = std::min(call.steps, fetch + call.per_fetch);
         for (int64_t s = fetch; s < last; ++s, codes += call.cut.bytes, lanes += 16) {
             clear<K>(sum);
-            step<K>(call, codes, s + 1 < call.steps ? call.whole : call.tail, table, s, sum);
+            step<K>(call, codes, table, s, sum);
             const __m512i lane = _mm512_loadu_si512(lanes);
             for (int r = 0; r < K::Rows; ++r) {
                 const __m512 scale = _mm512_permutexvar_ps(lane, scales[r]);
@@ -175,7 +175,6 @@ template <class K>
 TERSOR_512 void rows_of(const Call<K>& call, const RowInputs& inputs, int64_t first, int64_t last, int64_t token,
                         float* y, int64_t stride) {
     const RowLayout& layout = call.layout;
-    const int64_t columns = 64 * std::max(K::Slices, 1);
     typename K::Tables table;
     for (int64_t row = first; row < last; row += K::Rows) {
         if (K::Planes > 0 && (row == first || layout.tables > 1)) {
@@ -189,8 +188,8 @@ TERSOR_512 void rows_of(const Call<K>& call, const RowInputs& inputs, int64_t fi
         for (int r = 0; r < K::Rows; ++r)
             for (int t = 0; t < K::Tokens; ++t) result[r][t] = weighed[r][t] = _mm512_setzero_ps();
         if (layout.groups == 1) one_group<K>(call, row, table, result, weighed);
-        else if (layout.group % columns != 0) small_groups<K>(call, row, table, result, weighed);
-        else if (layout.group == columns) whole_steps<K, 1>(call, row, table, result, weighed);
+        else if (layout.group % K::Columns != 0) small_groups<K>(call, row, table, result, weighed);
+        else if (layout.group == K::Columns) whole_steps<K, 1>(call, row, table, result, weighed);
         else whole_steps<K, 0>(call, row, table, result, weighed);
         float sums[K::Rows * K::Tokens];
         for (int r = 0; r < K::Rows; ++r) {
@@ -218,12 +217,13 @@ TERSOR_512 void rows_of(const Call<K>& call, const RowInputs& inputs, int64_t fi
 template <class K>
 TERSOR_512 void loop(const RowLayout& layout, const RowInputs& inputs, int64_t first, int64_t last, int64_t token,
                      float* y, int64_t stride) {
-    const int64_t columns = 64 * std::max(K::Slices, 1), steps = (layout.columns + columns - 1) / columns;
+    const int64_t steps = (layout.columns + K::Columns - 1) / K::Columns;
     const bool fetched_once =
-        layout.zero == nullptr && (layout.groups == 1 || layout.group % columns == 0 || layout.per_fetch > 1);
+        layout.zero == nullptr && (layout.groups == 1 || layout.group % K::Columns == 0 || layout.per_fetch > 1);
     const Cut cut = cut_of(layout);
     const __mmask64 whole = first_bytes(cut.bytes), tail = first_bytes(layout.row_bytes - (steps - 1) * cut.bytes);
-    Call<K> call{layout, {}, {}, {}, cut, steps, whole, tail, layout.lanes.data(), layout.per_fetch, fetched_once};
+    const int64_t plain = layout.row_bytes < 64 ? 0 : (layout.row_bytes - 64) / cut.bytes + 1;
+    Call<K> call{layout, {}, {}, {}, cut, steps, plain, whole, tail, layout.lanes.data(), layout.per_fetch, fetched_once};
     for (int t = 0; t < K::Tokens; ++t) {
         call.high[t] = inputs.high_of(token + t);
         call.low[t] = K::Two ? inputs.low_of(token + t) : nullptr;
@@ -232,49 +232,50 @@ TERSOR_512 void loop(const RowLayout& layout, const RowInputs& inputs, int64_t f
     const int64_t most = first + (last - first) / K::Rows * K::Rows;
     rows_of<K>(call, inputs, first, most, token, y, stride);
     if (most == last) return;
-    using One = Kind<K::Slices, K::Planes, K::Wide, K::Two, 1, K::Tokens>;
-    Call<One> one{layout, {}, {}, {}, cut, steps, whole, tail, layout.lanes.data(), layout.per_fetch, fetched_once};
+    using One = Kind<K::Slices, K::Spread, K::Planes, K::Wide, K::Two, 1, K::Tokens>;
+    Call<One> one{layout, {}, {}, {}, cut, steps, plain, whole, tail, layout.lanes.data(), layout.per_fetch, fetched_once};
     std::copy_n(call.high, K::Tokens, one.high);
     std::copy_n(call.low, K::Tokens, one.low);
     std::copy_n(call.group_sums, K::Tokens, one.group_sums);
     rows_of<One>(one, inputs, most, last, token, y, stride);
 }
 
-template <int Slices, int Planes, bool Wide, bool Two>
+template <int Slices, bool Spread, int Planes, bool Wide, bool Two>
 TERSOR_512 void tokens(const RowLayout& layout, const RowInputs& inputs, int64_t first, int64_t last, float* y,
                        int64_t stride) {
     // Several rows at a time, so that what is fetched of the inputs serves all of them.
     constexpr int ROWS = Wide ? 1 : 4;
     int64_t t = 0;
     for (; t + 4 <= inputs.rounded.tokens; t += 4)
-        loop<Kind<Slices, Planes, Wide, Two, 1, 4>>(layout, inputs, first, last, t, y, stride);
+        loop<Kind<Slices, Spread, Planes, Wide, Two, 1, 4>>(layout, inputs, first, last, t, y, stride);
     for (; t < inputs.rounded.tokens; ++t)
-        loop<Kind<Slices, Planes, Wide, Two, ROWS, 1>>(layout, inputs, first, last, t, y, stride);
+        loop<Kind<Slices, Spread, Planes, Wide, Two, ROWS, 1>>(layout, inputs, first, last, t, y, stride);
 }
 
-template <int Slices, bool Two>
+template <int Slices, bool Spread, bool Two>
 TERSOR_512 void planes(const RowLayout& layout, const RowInputs& inputs, int64_t first, int64_t last, float* y,
                        int64_t stride) {
-    if (layout.table_planes == 0) return tokens<Slices, 0, false, Two>(layout, inputs, first, last, y, stride);
+    if (layout.table_planes == 0) return tokens<Slices, Spread, 0, false, Two>(layout, inputs, first, last, y, stride);
     if (!layout.wide_table()) {
-        if (layout.table_planes == 1) return tokens<Slices, 1, false, Two>(layout, inputs, first, last, y, stride);
-        return tokens<Slices, 2, false, Two>(layout, inputs, first, last, y, stride);
+        if (layout.table_planes == 1) return tokens<Slices, Spread, 1, false, Two>(layout, inputs, first, last, y, stride);
+        return tokens<Slices, Spread, 2, false, Two>(layout, inputs, first, last, y, stride);
     }
-    if constexpr (Slices <= 1) {  // only codes of 7 and 8 bits have such tables
-        if (layout.table_planes == 1) return tokens<Slices, 1, true, Two>(layout, inputs, first, last, y, stride);
-        tokens<Slices, 2, true, Two>(layout, inputs, first, last, y, stride);
+    if constexpr (Slices == 1) {  // only codes of 7 and 8 bits have such tables
+        if (layout.table_planes == 1) return tokens<Slices, Spread, 1, true, Two>(layout, inputs, first, last, y, stride);
+        tokens<Slices, Spread, 2, true, Two>(layout, inputs, first, last, y, stride);
     }
 }
 
 template <bool Two>
 TERSOR_512 void slices(const RowLayout& layout, const RowInputs& inputs, int64_t first, int64_t last, float* y,
                        int64_t stride) {
+    if (layout.spread && layout.slices == 2) return planes<2, true, Two>(layout, inputs, first, last, y, stride);
+    if (layout.spread) return planes<1, true, Two>(layout, inputs, first, last, y, stride);
     switch (layout.slices) {
-        case 1: return planes<1, Two>(layout, inputs, first, last, y, stride);
-        case 2: return planes<2, Two>(layout, inputs, first, last, y, stride);
-        case 4: return planes<4, Two>(layout, inputs, first, last, y, stride);
-        case 8: return planes<8, Two>(layout, inputs, first, last, y, stride);
-        default: return planes<0, Two>(layout, inputs, first, last, y, stride);
+        case 1: return planes<1, false, Two>(layout, inputs, first, last, y, stride);
+        case 2: return planes<2, false, Two>(layout, inputs, first, last, y, stride);
+        case 4: return planes<4, false, Two>(layout, inputs, first, last, y, stride);
+        default: return planes<8, false, Two>(layout, inputs, first, last, y, stride);
     }
 }
 

@@ -17,32 +17,20 @@ namespace {
 // Bytes between what is used and what is fetched, from memory and into the first-level cache.
 constexpr int64_t AHEAD = 16384, SOON = 512;
 
-// How codes of a width become bytes, a step of `bytes` bytes at a time.
+// How codes of a width become bytes, `bytes` bytes of a row at a time: a step of `slices` times 64 codes.
 struct Cut {
-    __m512i place, shift, mask;  // byte i of lane q is byte q * bits + i; code i of the lane begins at bit i * bits
+    __m512i place, shift, next;  // codes that are spread: see RowLayout; bits from one slice to the next
+    __m512i mask;
     int64_t bytes;
 };
 
 TERSOR_512_INLINE Cut cut_of(const RowLayout& layout) {
     return {_mm512_loadu_si512(layout.place), _mm512_loadu_si512(layout.shift),
-            _mm512_set1_epi8(static_cast<char>((1 << layout.bits) - 1)), layout.slices > 0 ? 64 : 8 * layout.bits};
+            _mm512_set1_epi8(static_cast<char>(layout.bits)), _mm512_set1_epi8(static_cast<char>((1 << layout.bits) - 1)),
+            8 * layout.slices * layout.bits};
 }
 
 TERSOR_512_INLINE __mmask64 first_bytes(int64_t count) { return count >= 64 ? ~0ULL : (1ULL << count) - 1; }
-
-TERSOR_512_INLINE __m512i spread(__m512i bytes, const Cut& cut) {
-    const __m512i lanes = _mm512_permutexvar_epi8(cut.place, bytes);
-    return _mm512_and_si512(_mm512_multishift_epi64_epi8(cut.shift, lanes), cut.mask);
-}
-
-// Slice `Slice` of `Slices` of every byte; with no slices, 64 codes spread out.
-template <int Slices, int Slice>
-TERSOR_512_INLINE __m512i codes_of(__m512i bytes, const Cut& cut) {
-    if constexpr (Slices == 0) return spread(bytes, cut);
-    if constexpr (Slices == 1) return bytes;
-    if constexpr (Slice == 0) return _mm512_and_si512(bytes, cut.mask);
-    return _mm512_and_si512(_mm512_srli_epi16(bytes, Slice * (8 / std::max(Slices, 1))), cut.mask);
-}
 
 // 64 or 256 entries of a table, one plane.
 template <bool Wide>
@@ -63,12 +51,13 @@ struct Table {
     }
 };
 
-// The kind of loop: slices of a byte (0: spread), planes of a table (0: none), a table of more than 64 entries, two planes
-// of inputs, rows and tokens at a time.
-template <int Slices_, int Planes_, bool Wide_, bool Two_, int Rows_, int Tokens_>
+// The kind of loop: slices of a step, of codes that are spread or not; planes of a table (0: none), a table of more than 64
+// entries, two planes of inputs, rows and tokens at a time.
+template <int Slices_, bool Spread_, int Planes_, bool Wide_, bool Two_, int Rows_, int Tokens_>
 struct Kind {
     static constexpr int Slices = Slices_, Planes = Planes_, Rows = Rows_, Tokens = Tokens_;
-    static constexpr bool Wide = Wide_, Two = Two_;
+    static constexpr bool Spread = Spread_, Wide = Wide_, Two = Two_;
+    static constexpr int64_t Columns = 64 * Slices_;  // of a step
     // Integer sums of a row and token, by the weight of their bytes: 1, 256 and 65536.
     static constexpr int Sums = std::max(Planes_, 1) + Two_;
     using Tables = Table<Wide_>[2][Rows_];
@@ -84,7 +73,7 @@ struct Call {
     const int8_t* low[K::Tokens];
     const float* group_sums[K::Tokens];
     Cut cut;
-    int64_t steps;
+    int64_t steps, plain;   // of a row; how many of them may fetch 64 bytes without going beyond the row
     __mmask64 whole, tail;  // bytes of a step, and of a row's last one
     const int32_t* lanes;   // of small groups: 16 for every step of a fetch (of all steps, where a fetch is one step)
     int64_t per_fetch;
@@ -115,15 +104,27 @@ TERSOR_512_INLINE __m512 small_total(const __m512i (&sum)[K::Sums]) {
         return total<K>(sum);
 }
 
+// Slice `Slice` of a step's bytes (of codes that are spread: of their lanes). Where codes only name entries of a table, bits
+// above them may be anything.
+template <class K, int Slice>
+TERSOR_512_INLINE __m512i codes_of(__m512i bytes, const Cut& cut, __m512i shift) {
+    if constexpr (K::Spread)
+        bytes = _mm512_multishift_epi64_epi8(shift, bytes);
+    else if constexpr (Slice > 0)
+        bytes = _mm512_srli_epi16(bytes, Slice * 8 / K::Slices);
+    if constexpr (K::Planes > 0 || (K::Slices == 1 && !K::Spread)) return bytes;
+    return _mm512_and_si512(bytes, cut.mask);
+}
+
 // One slice of a step: the sums of each row and token grow by 64 products in 16 lanes.
 template <class K, int Slice>
-TERSOR_512_INLINE void slice(const Call<K>& call, const __m512i (&bytes)[K::Rows], const typename K::Tables& table,
-                             int64_t x, typename K::Integers& sum) {
+TERSOR_512_INLINE void slice(const Call<K>& call, const __m512i (&bytes)[K::Rows], __m512i shift,
+                             const typename K::Tables& table, int64_t x, typename K::Integers& sum) {
     for (int t = 0; t < K::Tokens; ++t) {
         const __m512i xh = _mm512_loadu_si512(call.high[t] + x);
         const __m512i xl = K::Two ? _mm512_loadu_si512(call.low[t] + x) : xh;
         for (int r = 0; r < K::Rows; ++r) {
-            const __m512i codes = codes_of<K::Slices, Slice>(bytes[r], call.cut);
+            const __m512i codes = codes_of<K, Slice>(bytes[r], call.cut, shift);
             const __m512i low = K::Planes > 0 ? table[0][r].at(codes) : codes;
             __m512i(&s)[K::Sums] = sum[r][t];
             s[0] = _mm512_dpbusd_epi32(s[0], low, xl);
@@ -135,22 +136,29 @@ TERSOR_512_INLINE void slice(const Call<K>& call, const __m512i (&bytes)[K::Rows
             }
         }
     }
-    if constexpr (Slice + 1 < K::Slices) slice<K, Slice + 1>(call, bytes, table, x + 64, sum);
+    if constexpr (Slice + 1 < K::Slices)
+        slice<K, Slice + 1>(call, bytes, _mm512_add_epi8(shift, call.cut.next), table, x + 64, sum);
 }
 
 template <class K>
-TERSOR_512_INLINE void step(const Call<K>& call, const uint8_t* codes, __mmask64 here, const typename K::Tables& table,
-                            int64_t s, typename K::Integers& sum) {
+TERSOR_512_INLINE void step(const Call<K>& call, const uint8_t* codes, const typename K::Tables& table, int64_t s,
+                            typename K::Integers& sum) {
     __m512i bytes[K::Rows];
+    if (s < call.plain) {  // masked fetches are several times as slow
+        for (int r = 0; r < K::Rows; ++r) bytes[r] = _mm512_loadu_si512(codes + r * call.layout.row_bytes);
+    } else {
+        const __mmask64 here = s + 1 < call.steps ? call.whole : call.tail;
+        for (int r = 0; r < K::Rows; ++r) bytes[r] = _mm512_maskz_loadu_epi8(here, codes + r * call.layout.row_bytes);
+    }
     for (int r = 0; r < K::Rows; ++r) {
         const uint8_t* from = codes + r * call.layout.row_bytes;
-        bytes[r] = _mm512_maskz_loadu_epi8(here, from);
+        if constexpr (K::Spread) bytes[r] = _mm512_permutexvar_epi8(call.cut.place, bytes[r]);
         // Codes of later rows, as the hardware does not look beyond a page; not yet into the first-level cache, where rows
         // of 2^k bytes would push each other out.
         _mm_prefetch(reinterpret_cast<const char*>(from + AHEAD), _MM_HINT_T1);
         _mm_prefetch(reinterpret_cast<const char*>(from + SOON), _MM_HINT_T0);
     }
-    slice<K, 0>(call, bytes, table, 64 * std::max(K::Slices, 1) * s, sum);
+    slice<K, 0>(call, bytes, call.cut.shift, table, K::Columns * s, sum);
 }
 
 }  // namespace

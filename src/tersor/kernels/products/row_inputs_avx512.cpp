@@ -68,14 +68,19 @@ TERSOR_512 void sum_fours(const Activations& rounded, int64_t token, int32_t* su
 }  // namespace
 
 void plan_avx512(RowLayout& layout) {
-    // Slices work where every lane of 4 bytes lies within one group.
-    const int slices = 8 % layout.bits == 0 ? 8 / layout.bits : 0;
-    layout.slices = slices > 0 && (layout.groups == 1 || layout.group % (4 * slices) == 0) ? slices : 0;
+    // Slices work where every lane of 4 bytes lies within one group. Slice k of a step has codes k, k + slices, ... of it.
+    // Two codes of 3 bits and six bytes each are what a permutation brings to lanes of 8 bytes for 16 codes.
+    const int64_t slices = 8 % layout.bits == 0 ? 8 / layout.bits : layout.bits == 3 ? 2 : 1;
+    const bool sliced = layout.groups == 1 || layout.group % (4 * slices) == 0;
+    layout.slices = sliced ? static_cast<int>(slices) : 1;
+    layout.spread = 8 % layout.bits != 0 || !sliced;
     for (int i = 0; i < 64; ++i) {
-        layout.place[i] = static_cast<uint8_t>(i / 8 * layout.bits + i % 8) & 63;
-        layout.shift[i] = static_cast<uint8_t>(i % 8 * layout.bits);
+        layout.zero_place[i] = static_cast<uint8_t>(i / 8 * layout.bits + i % 8) & 63;
+        layout.zero_shift[i] = static_cast<uint8_t>(i % 8 * layout.bits);
+        layout.place[i] = static_cast<uint8_t>(i / 8 * layout.bits * layout.slices + i % 8) & 63;
+        layout.shift[i] = static_cast<uint8_t>(i % 8 * layout.bits * layout.slices);
     }
-    const int64_t columns = 64 * std::max(layout.slices, 1), steps = (layout.columns + columns - 1) / columns;
+    const int64_t columns = 64 * layout.slices, steps = (layout.columns + columns - 1) / columns;
     if (layout.groups == 1 || layout.group % columns == 0) return;
     // Where groups divide a step, one fetch of 16 scales lasts for whole steps, and all fetches are alike. (A fetch that
     // lasts for one step is told from those by that, and so all its steps are listed.)
