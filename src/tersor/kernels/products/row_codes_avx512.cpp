@@ -19,7 +19,8 @@ TERSOR_512_INLINE __m512 scales_at(const RowLayout& layout, int64_t at, int64_t 
     }
     const uint16_t* from = static_cast<const uint16_t*>(layout.scale) + at;
     _mm_prefetch(reinterpret_cast<const char*>(from + 8 * layout.groups), _MM_HINT_T1);
-    const __m256i halves = _mm256_maskz_loadu_epi16(here, from);
+    const __m256i halves = end - at >= 16 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))
+                                          : _mm256_maskz_loadu_epi16(here, from);
     if (layout.kind == ScaleKind::fp16) return _mm512_cvtph_ps(halves);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }

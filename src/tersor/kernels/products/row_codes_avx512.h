@@ -14,20 +14,20 @@
 namespace tersor {
 namespace {
 
-// Bytes between what is used and what is fetched, from memory and into the first-level cache.
-constexpr int64_t AHEAD = 16384, SOON = 512;
+// Bytes between what is used and what is fetched from memory.
+constexpr int64_t AHEAD = 16384;
+// Bits of the codes that are spread two to a byte.
+constexpr int PAIRED = 3;
 
 // How codes of a width become bytes, `bytes` bytes of a row at a time: a step of `slices` times 64 codes.
 struct Cut {
-    __m512i place, shift, next;  // codes that are spread: see RowLayout; bits from one slice to the next
-    __m512i mask;
+    __m512i place, shift, mask;  // see RowLayout; the bits of a code
     int64_t bytes;
 };
 
 TERSOR_512_INLINE Cut cut_of(const RowLayout& layout) {
     return {_mm512_loadu_si512(layout.place), _mm512_loadu_si512(layout.shift),
-            _mm512_set1_epi8(static_cast<char>(layout.bits)), _mm512_set1_epi8(static_cast<char>((1 << layout.bits) - 1)),
-            8 * layout.slices * layout.bits};
+            _mm512_set1_epi8(static_cast<char>((1 << layout.bits) - 1)), 8 * layout.slices * layout.bits};
 }
 
 TERSOR_512_INLINE __mmask64 first_bytes(int64_t count) { return count >= 64 ? ~0ULL : (1ULL << count) - 1; }
@@ -104,27 +104,23 @@ TERSOR_512_INLINE __m512 small_total(const __m512i (&sum)[K::Sums]) {
         return total<K>(sum);
 }
 
-// Slice `Slice` of a step's bytes (of codes that are spread: of their lanes). Where codes only name entries of a table, bits
-// above them may be anything.
+// Slice `Slice` of a step's bytes. Where codes only name entries of a table, bits above them may be anything.
 template <class K, int Slice>
-TERSOR_512_INLINE __m512i codes_of(__m512i bytes, const Cut& cut, __m512i shift) {
-    if constexpr (K::Spread)
-        bytes = _mm512_multishift_epi64_epi8(shift, bytes);
-    else if constexpr (Slice > 0)
-        bytes = _mm512_srli_epi16(bytes, Slice * 8 / K::Slices);
+TERSOR_512_INLINE __m512i codes_of(__m512i bytes, const Cut& cut) {
+    if constexpr (Slice > 0) bytes = _mm512_srli_epi16(bytes, Slice * (K::Spread ? PAIRED : 8 / K::Slices));
     if constexpr (K::Planes > 0 || (K::Slices == 1 && !K::Spread)) return bytes;
     return _mm512_and_si512(bytes, cut.mask);
 }
 
 // One slice of a step: the sums of each row and token grow by 64 products in 16 lanes.
 template <class K, int Slice>
-TERSOR_512_INLINE void slice(const Call<K>& call, const __m512i (&bytes)[K::Rows], __m512i shift,
-                             const typename K::Tables& table, int64_t x, typename K::Integers& sum) {
+TERSOR_512_INLINE void slice(const Call<K>& call, const __m512i (&bytes)[K::Rows], const typename K::Tables& table,
+                             int64_t x, typename K::Integers& sum) {
     for (int t = 0; t < K::Tokens; ++t) {
         const __m512i xh = _mm512_loadu_si512(call.high[t] + x);
         const __m512i xl = K::Two ? _mm512_loadu_si512(call.low[t] + x) : xh;
         for (int r = 0; r < K::Rows; ++r) {
-            const __m512i codes = codes_of<K, Slice>(bytes[r], call.cut, shift);
+            const __m512i codes = codes_of<K, Slice>(bytes[r], call.cut);
             const __m512i low = K::Planes > 0 ? table[0][r].at(codes) : codes;
             __m512i(&s)[K::Sums] = sum[r][t];
             s[0] = _mm512_dpbusd_epi32(s[0], low, xl);
@@ -136,8 +132,7 @@ TERSOR_512_INLINE void slice(const Call<K>& call, const __m512i (&bytes)[K::Rows
             }
         }
     }
-    if constexpr (Slice + 1 < K::Slices)
-        slice<K, Slice + 1>(call, bytes, _mm512_add_epi8(shift, call.cut.next), table, x + 64, sum);
+    if constexpr (Slice + 1 < K::Slices) slice<K, Slice + 1>(call, bytes, table, x + 64, sum);
 }
 
 template <class K>
@@ -150,15 +145,17 @@ TERSOR_512_INLINE void step(const Call<K>& call, const uint8_t* codes, const typ
         const __mmask64 here = s + 1 < call.steps ? call.whole : call.tail;
         for (int r = 0; r < K::Rows; ++r) bytes[r] = _mm512_maskz_loadu_epi8(here, codes + r * call.layout.row_bytes);
     }
+    // Codes of later rows, as the hardware does not look beyond a page: as many bytes as this step has, in the order in which
+    // they are stored. Not into the first-level cache, where rows of 2^k bytes would push each other out.
+    const uint8_t* later = codes + AHEAD + (K::Rows - 1) * s * call.cut.bytes;
     for (int r = 0; r < K::Rows; ++r) {
-        const uint8_t* from = codes + r * call.layout.row_bytes;
-        if constexpr (K::Spread) bytes[r] = _mm512_permutexvar_epi8(call.cut.place, bytes[r]);
-        // Codes of later rows, as the hardware does not look beyond a page; not yet into the first-level cache, where rows
-        // of 2^k bytes would push each other out.
-        _mm_prefetch(reinterpret_cast<const char*>(from + AHEAD), _MM_HINT_T1);
-        _mm_prefetch(reinterpret_cast<const char*>(from + SOON), _MM_HINT_T0);
+        if constexpr (K::Spread) {
+            const __m512i lanes = _mm512_permutexvar_epi8(call.cut.place, bytes[r]);
+            bytes[r] = _mm512_multishift_epi64_epi8(call.cut.shift, lanes);
+        }
+        _mm_prefetch(reinterpret_cast<const char*>(later + r * call.cut.bytes), _MM_HINT_T1);
     }
-    slice<K, 0>(call, bytes, call.cut.shift, table, K::Columns * s, sum);
+    slice<K, 0>(call, bytes, table, K::Columns * s, sum);
 }
 
 }  // namespace

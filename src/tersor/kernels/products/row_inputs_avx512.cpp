@@ -69,7 +69,7 @@ TERSOR_512 void sum_fours(const Activations& rounded, int64_t token, int32_t* su
 
 void plan_avx512(RowLayout& layout) {
     // Slices work where every lane of 4 bytes lies within one group. Slice k of a step has codes k, k + slices, ... of it.
-    // Two codes of 3 bits and six bytes each are what a permutation brings to lanes of 8 bytes for 16 codes.
+    // Codes of 3 bits are spread two to a byte and then cut, as 16 of them fit a lane of 8 bytes.
     const int64_t slices = 8 % layout.bits == 0 ? 8 / layout.bits : layout.bits == 3 ? 2 : 1;
     const bool sliced = layout.groups == 1 || layout.group % (4 * slices) == 0;
     layout.slices = sliced ? static_cast<int>(slices) : 1;
