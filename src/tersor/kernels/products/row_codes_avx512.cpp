@@ -173,11 +173,15 @@ TERSOR_512_INLINE void add_lanes(const __m512* lanes, float* sums) {
 }
 
 template <class K>
-TERSOR_512 void rows_of(const Call<K>& call, const RowInputs& inputs, int64_t first, int64_t last, int64_t token,
+TERSOR_512 void rows_of(Call<K>& call, const RowInputs& inputs, int64_t first, int64_t last, int64_t token,
                         float* y, int64_t stride) {
     const RowLayout& layout = call.layout;
+    const int64_t bytes = (last - first) * layout.row_bytes;
+    const uint8_t* begin = layout.codes + first * layout.row_bytes;
+    for (int64_t i = 0; i < std::min(bytes, AHEAD); i += 64) _mm_prefetch(reinterpret_cast<const char*>(begin + i), _MM_HINT_T1);
     typename K::Tables table;
     for (int64_t row = first; row < last; row += K::Rows) {
+        call.ahead = (row - first) * layout.row_bytes + AHEAD < bytes ? AHEAD : 0;
         if (K::Planes > 0 && (row == first || layout.tables > 1)) {
             for (int r = 0; r < K::Rows; ++r) {
                 const int64_t at = layout.tables > 1 ? (row + r) * layout.table_width : 0;
@@ -224,7 +228,7 @@ TERSOR_512 void loop(const RowLayout& layout, const RowInputs& inputs, int64_t f
     const Cut cut = cut_of(layout);
     const __mmask64 whole = first_bytes(cut.bytes), tail = first_bytes(layout.row_bytes - (steps - 1) * cut.bytes);
     const int64_t plain = layout.row_bytes < 64 ? 0 : (layout.row_bytes - 64) / cut.bytes + 1;
-    Call<K> call{layout, {}, {}, {}, cut, steps, plain, whole, tail, layout.lanes.data(), layout.per_fetch, fetched_once};
+    Call<K> call{layout, {}, {}, {}, cut, steps, plain, whole, tail, layout.lanes.data(), layout.per_fetch, AHEAD, fetched_once};
     for (int t = 0; t < K::Tokens; ++t) {
         call.high[t] = inputs.high_of(token + t);
         call.low[t] = K::Two ? inputs.low_of(token + t) : nullptr;
@@ -234,7 +238,7 @@ TERSOR_512 void loop(const RowLayout& layout, const RowInputs& inputs, int64_t f
     rows_of<K>(call, inputs, first, most, token, y, stride);
     if (most == last) return;
     using One = Kind<K::Slices, K::Spread, K::Planes, K::Wide, K::Two, 1, K::Tokens>;
-    Call<One> one{layout, {}, {}, {}, cut, steps, plain, whole, tail, layout.lanes.data(), layout.per_fetch, fetched_once};
+    Call<One> one{layout, {}, {}, {}, cut, steps, plain, whole, tail, layout.lanes.data(), layout.per_fetch, AHEAD, fetched_once};
     std::copy_n(call.high, K::Tokens, one.high);
     std::copy_n(call.low, K::Tokens, one.low);
     std::copy_n(call.group_sums, K::Tokens, one.group_sums);

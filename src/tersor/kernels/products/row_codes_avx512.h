@@ -14,8 +14,10 @@
 namespace tersor {
 namespace {
 
-// Bytes between what is used and what is fetched from memory.
+// Bytes between what is used and what is fetched from memory while there are so many.
 constexpr int64_t AHEAD = 16384;
+// Bytes between what is used and what is fetched into the first-level cache.
+constexpr int64_t SOON = 512;
 // Bits of the codes that are spread two to a byte.
 constexpr int PAIRED = 3;
 
@@ -77,6 +79,7 @@ struct Call {
     __mmask64 whole, tail;  // bytes of a step, and of a row's last one
     const int32_t* lanes;   // of small groups: 16 for every step of a fetch (of all steps, where a fetch is one step)
     int64_t per_fetch;
+    int64_t ahead;          // bytes between what is used and what is fetched: AHEAD, or none where other callers go on
     bool fetched_once;      // every scale is fetched once on the way, and there is one zero for all groups of a row
 };
 
@@ -145,15 +148,16 @@ TERSOR_512_INLINE void step(const Call<K>& call, const uint8_t* codes, const typ
         const __mmask64 here = s + 1 < call.steps ? call.whole : call.tail;
         for (int r = 0; r < K::Rows; ++r) bytes[r] = _mm512_maskz_loadu_epi8(here, codes + r * call.layout.row_bytes);
     }
-    // Codes of later rows, as the hardware does not look beyond a page: as many bytes as this step has, in the order in which
-    // they are stored. Not into the first-level cache, where rows of 2^k bytes would push each other out.
-    const uint8_t* later = codes + AHEAD + (K::Rows - 1) * s * call.cut.bytes;
     for (int r = 0; r < K::Rows; ++r) {
+        const uint8_t* from = codes + r * call.layout.row_bytes;
+        // Codes of later rows, as the hardware does not look beyond a page; not yet into the first-level cache, where rows
+        // of 2^k bytes would push each other out.
+        _mm_prefetch(reinterpret_cast<const char*>(from + call.ahead), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(from + SOON), _MM_HINT_T0);
         if constexpr (K::Spread) {
             const __m512i lanes = _mm512_permutexvar_epi8(call.cut.place, bytes[r]);
             bytes[r] = _mm512_multishift_epi64_epi8(call.cut.shift, lanes);
         }
-        _mm_prefetch(reinterpret_cast<const char*>(later + r * call.cut.bytes), _MM_HINT_T1);
     }
     slice<K, 0>(call, bytes, table, K::Columns * s, sum);
 }
