@@ -10,6 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tersor.codecs import GgufScalar, GgufVector, parse
+from tersor.codecs.gguf_grids import GRIDS
+from tersor.codecs.gguf_layout import KINDS
 from tersor.codecs.lattice import patterns
 from tersor.codecs.packing import packed_width
 from tersor.kernels import products, products_floats, reference_floats
@@ -76,6 +79,37 @@ def test_words_of_the_lattice(rows: int, columns: int) -> None:
         check(products_floats.e8p(**parts, columns=columns), reference_floats.e8p(**parts, columns=columns), tokens)
 
 
+def blocks(name: str, rows: int, count: int) -> Tensor:
+    """Any bytes, but for float16 numbers that are infinite or none."""
+    kind = KINDS.get(name) or GRIDS[name]
+    found = torch.randint(256, (rows, count, kind.nbytes), generator=torch.Generator().manual_seed(rows))
+    start = 0
+    for field in kind.fields:
+        if field.what in ("d", "dmin", "-dmin"):
+            found[:, :, start + 1] &= 0xBF
+        start += field.nbytes
+    return found.flatten(1).to(torch.uint8)
+
+
+@pytest.mark.parametrize("name", [*KINDS, *GRIDS])
+def test_blocks_of_bytes(name: str) -> None:
+    codec = parse(name)
+    assert isinstance(codec, GgufScalar | GgufVector)
+    points = codec.kind.grid if isinstance(codec, GgufVector) else None
+    for rows, count, tokens in ((1, 1, 1), (7, 3, 2), (5, 2, 9)):
+        columns = codec.kind.block * count
+        stored = blocks(name, rows, count)
+        weight = codec.decode({"blocks": stored}, (rows, columns))
+        check(products_floats.gguf(stored, name, columns, points), weight, tokens)
+    with pytest.raises(ValueError, match="do not divide"):
+        products_floats.gguf(stored, name, columns - 8, points)
+    with pytest.raises(ValueError, match=f"rows of {name} have"):
+        products_floats.gguf(stored[:, 1:], name, columns, points)
+    if points is not None:
+        with pytest.raises(ValueError, match="points of"):
+            products_floats.gguf(stored, name, columns, points[1:])
+
+
 def test_threads_change_nothing() -> None:
     draw = torch.Generator().manual_seed(1)
     book = torch.randn(1, 256, 4, generator=draw).half()
@@ -100,6 +134,8 @@ BAD: list[tuple[str, Callable[[], object]]] = [
     ("3 scales for 4", lambda: products_floats.codebook(zeros(4, 32), halves(3), book(256, 4), 128)),
     ("take 16", lambda: products_floats.e8p(zeros(4, 15), halves(4), patterns(), 64)),
     ("do not divide", lambda: products_floats.e8p(zeros(4, 16), halves(4), patterns(), 60)),
+    ("no product of the type q9_9", lambda: products_floats.gguf(zeros(1, 18), "q9_9", 32)),
+    ("no product of the type q4_0", lambda: products_floats.gguf(zeros(1, 18), "q4_0", 32, torch.zeros(4, 4))),
     ("256 patterns", lambda: products_floats.e8p(zeros(4, 16), halves(4), patterns()[:9], 64)),
     ("0, 1 and 2", lambda: products_floats.e8p(zeros(4, 16), halves(4), patterns() + 1, 64)),
 ]

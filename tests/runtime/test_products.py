@@ -19,8 +19,6 @@ from torch import Tensor
 from contracts.test_codecs_and_solvers import LEAVES
 from contracts.test_tiles_and_solvers import LEAVES as TILED
 from tersor.codecs import parse
-from tersor.codecs.gguf_grids import GRIDS
-from tersor.codecs.gguf_layout import KINDS
 from tersor.contracts import Codec, Gram, LeafCodec
 from tersor.kernels import products
 from tersor.runtime.products import product_of
@@ -57,7 +55,7 @@ COMPOSED = [
     "rows(40:int6:g32:s8,64:rot(trellis4:L8),72:bf16)",
 ]
 STREAMS = ["coded(int4:row):3.3", "coded(ternary:g32):1.9", "coded(fp4:e2m1:g32):3.6", "rot(coded(int5:row):3.2)"]
-NONE = {*(text for text in LEAVES if text.startswith("pvq")), *KINDS, *GRIDS}
+NONE = {text for text in LEAVES if text.startswith("pvq")}
 NONE |= {"block4:8x16", "block3:7x24:shift:fp16"}
 ALL = [text for text in (*LEAVES, *TILED, *COMPOSED, *STREAMS) if text not in NONE]
 ROWS = 72

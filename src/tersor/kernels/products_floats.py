@@ -41,6 +41,17 @@ def e8p(codes: Tensor, scale: Tensor, patterns: Tensor, columns: int) -> Product
     return _made().e8p(_raw(codes), _raw(scale.flatten()), _raw(patterns.to(torch.uint8)), columns)  # type: ignore[no-any-return]
 
 
+def gguf(blocks: Tensor, name: str, columns: int, points: Tensor | None = None) -> Product:
+    """A tensor of llama.cpp's type ``name``, in lower case, as a GGUF has it: ``blocks (rows, bytes)`` uint8.
+
+    Types with a grid need its ``points (n, 4 or 8)`` float32. Specification: what :mod:`tersor.codecs.gguf_layout` and
+    :mod:`tersor.codecs.gguf_grids` read of the bytes. Raises ValueError for an unknown type and sizes that it has not.
+    """
+    if points is None:
+        return _made().gguf(_raw(blocks), name, columns)  # type: ignore[no-any-return]
+    return _made().gguf_grid(_raw(blocks), name, _raw(points), columns)  # type: ignore[no-any-return]
+
+
 def _made() -> Any:
     if _products is None:
         raise RuntimeError("products were not compiled when this package was installed")

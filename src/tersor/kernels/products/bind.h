@@ -24,5 +24,8 @@ void bind_dense(nb::module_& module);
 void bind_compose(nb::module_& module);
 void bind_trellis(nb::module_& module);
 void bind_codebook(nb::module_& module);
+void bind_gguf(nb::module_& module);
+void bind_gguf_grids(nb::module_& module);
+void bind_other_rows(nb::module_& module);
 
 }  // namespace tersor

@@ -118,4 +118,7 @@ NB_MODULE(_products, module) {
     bind_compose(module);
     bind_trellis(module);
     bind_codebook(module);
+    bind_gguf(module);
+    bind_gguf_grids(module);
+    bind_other_rows(module);
 }

@@ -26,12 +26,11 @@ from tersor.contracts import Shape
 from tersor.kernels import products, products_composed, products_trellis
 from tersor.kernels.products import Product
 from tersor.kernels.products_trellis import TrellisCode
+from tersor.runtime.products.pieces import pieces
 from tersor.runtime.products.table import Parts, makes
 
 _STEP = 4
 """Columns of groups that loops over codes take are multiples of this."""
-_PIECE = 1 << 22
-"""Codes that are unpacked at one time, where they have to be packed in another way."""
 
 
 def _takes(group: int | None) -> bool:
@@ -98,12 +97,12 @@ def _ternary(codec: Ternary, parts: Parts, shape: Shape) -> Product | None:
     """Digits of base 3 become codes of two bits."""
     if not _takes(codec.group):
         return None
-    pieces = []
-    for rows in _pieces(shape):
+    packed = []
+    for rows in pieces(shape):
         mine = {name: part[rows] for name, part in parts.items()}
-        pieces.append(pack(codec.unpack(mine, (len(mine["codes"]), shape[1])).codes, 2))
+        packed.append(pack(codec.unpack(mine, (len(mine["codes"]), shape[1])).codes, 2))
     return products.row_codes(
-        torch.cat(pieces),
+        torch.cat(packed),
         bits=2,
         columns=shape[1],
         group=codec.group,
@@ -123,8 +122,8 @@ def _planes(codec: BinaryPlanes, parts: Parts, shape: Shape) -> Product | None:
     for plane in range(count):
         codes = parts["codes"]
         if count > 1:
-            pieces = [pack(unpack(codes[rows], count, shape[1]) >> plane & 1, 1) for rows in _pieces(shape)]
-            codes = torch.cat(pieces)
+            own = [pack(unpack(codes[rows], count, shape[1]) >> plane & 1, 1) for rows in pieces(shape)]
+            codes = torch.cat(own)
         product = products.row_codes(
             codes,
             bits=1,
@@ -136,12 +135,6 @@ def _planes(codec: BinaryPlanes, parts: Parts, shape: Shape) -> Product | None:
         )
         found.append(product)
     return products_composed.total(found) if count > 1 else found[0]
-
-
-def _pieces(shape: Shape) -> list[slice]:
-    """Stretches of rows with few enough columns to be unpacked at one time."""
-    step = max(_PIECE // shape[1], 1)
-    return [slice(start, start + step) for start in range(0, shape[0], step)]
 
 
 @makes(Trellis)
