@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig, TextStreamer
 
 from tersor.artifact import Artifact
 from tersor.errors import BadInput, UnknownArchitecture
+from tersor.runtime import large_pages
 from tersor.runtime.decoding import Chooser, Decoder, write_on
 from tersor.runtime.decoding.blueprint import Blueprint, draw, rebuild
 from tersor.runtime.memory import give_back
+from tersor.runtime.packed import Packed
 from tersor.stages import known
 from tersor.stages.foreign import refuse_foreign_code
 from tersor.stages.opened import open_whole
@@ -125,6 +127,7 @@ class Session:
             with contextlib.suppress(UnknownArchitecture):
                 self.decoder = rebuild(self.blueprint, self.artifact, context=context, cache_dtype=cache_dtype)
                 return
+        large_pages.move(module for module in self.model.modules() if isinstance(module, Packed))
         try:
             self.decoder = Decoder.of(self.model, context=context, cache_dtype=cache_dtype)
         except UnknownArchitecture as error:

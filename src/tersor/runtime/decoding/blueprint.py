@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tersor.contracts import Codec, Shape
 from tersor.errors import UnknownArchitecture
 from tersor.kernels import step as kernel
+from tersor.runtime import large_pages
 from tersor.runtime.decoding.build import write_step
 from tersor.runtime.decoding.decoder import CHUNK, Decoder
 from tersor.runtime.decoding.handed import Handed, find_handed
@@ -197,6 +198,7 @@ def rebuild(plan: Blueprint, stored: Stored, *, context: int, cache_dtype: torch
             raise UnknownArchitecture(f"what is known of it is for texts of up to {plan.data['context']} tokens")
         found = _Rebuilt(plan, stored)
         structure, handed = found.structure(), found.handed(room)
+        large_pages.move(found.packed)
         expected = plan.tensors["logits"]
         most = float(plan.data["bounds"][str(cache_dtype == torch.float16)])
         decoder = Decoder(
@@ -215,7 +217,8 @@ class _Rebuilt:
     def __init__(self, plan: Blueprint, stored: Stored) -> None:
         self._data, self._tensors, self._stored = plan.data, plan.tensors, stored
         self._kept: dict[str, Tensor] = {}
-        self._packed: dict[str, PackedLinear] = {}
+        self._parts: dict[str, dict[str, Tensor]] = {}
+        self.packed: list[Packed] = []  # what has been made so far
         self._embedding = self._embed(plan.data["embedding"])
 
     def get_input_embeddings(self) -> nn.Module:
@@ -288,7 +291,10 @@ class _Rebuilt:
         return table
 
     def _filled(self, packed: Packed, name: str) -> nn.Module:
-        packed._buffers.update(self._stored.tensors(name))
+        if name not in self._parts:  # once for all that share it
+            self._parts[name] = self._stored.tensors(name)
+        packed._buffers.update(self._parts[name])
+        self.packed.append(packed)
         return packed
 
     def _float(self, name: str) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from tersor.runtime.packed import Packed
 
 REMEMBERED = 4 << 20
-"""Bytes of decoded rows that are kept. A row takes 50 us, or half a millisecond where no compiled code reads it, and half
-of the tokens of a text have been in it not long before.
+"""Bytes of decoded rows that are kept. A row takes 50 us, or half a millisecond where no compiled code reads it, and
+half of the tokens of a text have been in it not long before.
 """
 
 
