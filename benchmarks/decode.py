@@ -38,6 +38,7 @@ import tersor
 from engines import bench_program
 from tersor.api import compress_for
 from tersor.codecs import parse
+from tersor.runtime import large_pages
 from tersor.runtime.decoding import Decoder
 from tersor.runtime.packed import Packed, adopt
 from tersor.stages.session import Style, open_session
@@ -116,7 +117,8 @@ def random_gguf(path: Path, config: LlamaConfig) -> None:
 
 
 def by_decoder(model: Any, tokens: int, *, int8: bool = False) -> Contestant:
-    """tersor's compiled step, greedy."""
+    """tersor's compiled step, greedy, from large pages as `tersor run` has it."""
+    large_pages.move(module for module in model.modules() if isinstance(module, Packed))
     decoder = Decoder.of(model, context=CONTEXT, int8=int8)
 
     def run() -> float:

@@ -3,7 +3,9 @@
 A product of one token reads the weight once and does little else, so the bytes of the weight over the time, as a share
 of what plain reading of as many bytes reaches in the same run, say how good a kernel is. Each line takes turns: plain
 reading, the kernel, torch's bfloat16 ``linear`` on the same shape; shares are medians of ratios of neighbours, which a
-noisy machine disturbs least. Weights are random codes, in as many copies as it takes to be larger than any cache.
+noisy machine disturbs least. Weights are random codes, in as many copies as it takes to be larger than any cache; they,
+torch's weights and what is read lie in large pages where the system has them, as weights of `tersor run` do. What a
+product keeps of its own (ternary codes, at 2 bits) does not.
 
     python benchmarks/product_speed.py [--only int4] [--threads 2] [--turns 15] [--out RESULT.json]
 """
@@ -24,6 +26,7 @@ from torch import Tensor
 from tersor.codecs import parse
 from tersor.contracts import Codec, Shape
 from tersor.kernels import products
+from tersor.runtime import large_pages
 from tersor.runtime.products import product_of
 
 FORMATS = {
@@ -65,6 +68,18 @@ def random_parts(codec: Codec, shape: Shape, seed: int) -> dict[str, Tensor]:
     return parts
 
 
+def in_large_pages(tensor: Tensor, copies: int = 1) -> list[Tensor]:
+    """Copies of a tensor, in large pages where there are any."""
+    size = -(-tensor.numel() * tensor.element_size() // 64) * 64
+    memory = large_pages.room(size * copies)
+    memory = torch.empty(size * copies, dtype=torch.uint8) if memory is None else memory
+    found = [part[: tensor.numel() * tensor.element_size()] for part in memory.split(size)]
+    found = [part.view(tensor.dtype).view(tensor.shape) for part in found]
+    for copy in found:
+        copy.copy_(tensor)
+    return found
+
+
 def seconds(function: Callable[[], Any]) -> float:
     began = time.perf_counter()
     function()
@@ -78,11 +93,12 @@ def measure(text: str, shape: Shape, *, threads: int, turns: int) -> dict[str, A
     copies = max(CACHES // stored, 2)
     # Copies are of one random weight: what they hold makes no difference to the time.
     first = random_parts(codec, shape, 0)
-    weights = [product_of(codec, {name: part.clone() for name, part in first.items()}, shape) for _ in range(copies)]
+    parts = {name: in_large_pages(part, copies) for name, part in first.items()}
+    weights = [product_of(codec, {name: part[i] for name, part in parts.items()}, shape) for i in range(copies)]
     if weights[0] is None:
         return {"codec": text, "shape": shape, "kernel": False}
-    plain = torch.zeros(max(CACHES // (2 * shape[0] * shape[1]), 2), *shape, dtype=torch.bfloat16)
-    reading = torch.ones(CACHES // 8, dtype=torch.int64).numpy().view("uint64")
+    plain = in_large_pages(torch.zeros(shape, dtype=torch.bfloat16), max(CACHES // (2 * shape[0] * shape[1]), 2))
+    reading = in_large_pages(torch.ones(CACHES // 8, dtype=torch.int64))[0].numpy().view("uint64")
     x = torch.randn(1, shape[1], generator=torch.Generator().manual_seed(1))
     x16 = x.bfloat16()
     found: dict[str, list[float]] = {"read": [], "int16": [], "int8": [], "bf16": []}

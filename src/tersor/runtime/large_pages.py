@@ -29,33 +29,42 @@ def move(modules: Iterable[Packed]) -> bool:
     It is not where the system has no such pages to give, where the weights are less than one of them, or where half of
     the memory that is free would not hold them.
     """
-    parts = [(module, name) for module in modules for name in module.part_names]
-    parts = [(module, name) for module, name in parts if module.part(name).device.type == "cpu"]
-    distinct = {_place(module.part(name)): module.part(name) for module, name in parts}
-    total = sum(_room(part) for part in distinct.values())
-    if not PAGE <= total <= psutil.virtual_memory().available // 2 or not _offered():
+    held: dict[object, list[tuple[Packed, str]]] = {}
+    for module in modules:
+        for name in module.part_names:
+            part = module.part(name)
+            if part.device.type == "cpu":
+                held.setdefault((part.data_ptr(), part.dtype, part.shape), []).append((module, name))
+    memory = room(sum(_padded(who[0][0].part(who[0][1])) for who in held.values()))
+    if memory is None:
         return False
-    # Private memory: what is shared between processes has no large pages here.
-    memory = mmap.mmap(-1, total + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    room = torch.frombuffer(memory, dtype=torch.uint8)  # keeps the memory for as long as a tensor is in it
-    at = -room.data_ptr() % PAGE
-    copies = {}
-    for place, part in distinct.items():
-        copies[place] = room[at : at + part.numel() * part.element_size()].view(part.dtype).view(part.shape)
-        copies[place].copy_(part)
-        at += _room(part)
-    del distinct
-    for module, name in parts:
-        module._buffers[name] = copies[_place(module.part(name))]
+    at = 0
+    for who in held.values():
+        # One after the other, so that what was copied can be let go.
+        part = who[0][0].part(who[0][1])
+        copied = memory[at : at + part.numel() * part.element_size()].view(part.dtype).view(part.shape)
+        copied.copy_(part)
+        at += _padded(part)
+        for module, name in who:
+            module._buffers[name] = copied
     return True
 
 
-def _place(part: Tensor) -> tuple[int, torch.dtype, torch.Size]:
-    return part.data_ptr(), part.dtype, part.shape
+def room(size: int) -> Tensor | None:
+    """``size`` bytes (uint8) in large pages, from the beginning of one; None where there are none to have, or ``size``
+    is less than one of them or more than half of the memory that is free.
+    """
+    if not PAGE <= size <= psutil.virtual_memory().available // 2 or not _offered():
+        return None
+    # Private memory: what is shared between processes has no large pages here.
+    memory = mmap.mmap(-1, size + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    found = torch.frombuffer(memory, dtype=torch.uint8)  # keeps the memory for as long as a tensor is in it
+    first = -found.data_ptr() % PAGE
+    return found[first : first + size]
 
 
-def _room(part: Tensor) -> int:
+def _padded(part: Tensor) -> int:
     return -(-part.numel() * part.element_size() // _ALIGNED) * _ALIGNED
 
 

@@ -198,7 +198,7 @@ def rebuild(plan: Blueprint, stored: Stored, *, context: int, cache_dtype: torch
             raise UnknownArchitecture(f"what is known of it is for texts of up to {plan.data['context']} tokens")
         found = _Rebuilt(plan, stored)
         structure, handed = found.structure(), found.handed(room)
-        large_pages.move(found.packed)
+        found.settle()
         expected = plan.tensors["logits"]
         most = float(plan.data["bounds"][str(cache_dtype == torch.float16)])
         decoder = Decoder(
@@ -218,11 +218,17 @@ class _Rebuilt:
         self._data, self._tensors, self._stored = plan.data, plan.tensors, stored
         self._kept: dict[str, Tensor] = {}
         self._parts: dict[str, dict[str, Tensor]] = {}
-        self.packed: list[Packed] = []  # what has been made so far
+        self._packed: list[Packed] = []
         self._embedding = self._embed(plan.data["embedding"])
 
     def get_input_embeddings(self) -> nn.Module:
         return self._embedding
+
+    def settle(self) -> None:
+        """When all has been made: weights go to large pages, and what was mapped of the file is let go."""
+        self._parts.clear()
+        large_pages.move(self._packed)
+        self._packed.clear()
 
     def structure(self) -> Structure:
         data, nothing = self._data, nn.Module()
@@ -294,7 +300,7 @@ class _Rebuilt:
         if name not in self._parts:  # once for all that share it
             self._parts[name] = self._stored.tensors(name)
         packed._buffers.update(self._parts[name])
-        self.packed.append(packed)
+        self._packed.append(packed)
         return packed
 
     def _float(self, name: str) -> Tensor:

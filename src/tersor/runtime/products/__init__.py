@@ -1,11 +1,11 @@
 """From a codec and the tensors it stored to a compiled product, where there is one.
 
-Codecs have their makers in :mod:`tersor.runtime.products.leaves`, :mod:`tersor.runtime.products.vectors`,
-:mod:`tersor.runtime.products.gguf` and :mod:`tersor.runtime.products.composed`. A codec without one, or a shape that
-its product does not take, is decoded tile by tile as ever (:mod:`tersor.runtime.packed`).
+Codecs have their makers in the modules ``leaves``, ``vectors``, ``gguf``, ``others`` and ``composed`` beside this. A
+codec without one, or a shape that its product does not take, is decoded tile by tile as ever
+(:mod:`tersor.runtime.packed`).
 """
 
-from tersor.runtime.products import composed, gguf, leaves, vectors
+from tersor.runtime.products import composed, gguf, leaves, others, vectors
 from tersor.runtime.products.held import HeldProduct, decoded_only, input_bits, multiplied, takes
 from tersor.runtime.products.table import product_of
 
@@ -17,6 +17,7 @@ __all__ = [
     "input_bits",
     "leaves",
     "multiplied",
+    "others",
     "product_of",
     "takes",
     "vectors",

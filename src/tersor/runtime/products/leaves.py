@@ -26,6 +26,7 @@ from tersor.contracts import Shape
 from tersor.kernels import products, products_composed, products_trellis
 from tersor.kernels.products import Product
 from tersor.kernels.products_trellis import TrellisCode
+from tersor.runtime.products.others import integers
 from tersor.runtime.products.pieces import pieces
 from tersor.runtime.products.table import Parts, makes
 
@@ -38,9 +39,9 @@ def _takes(group: int | None) -> bool:
 
 
 @makes(Integer, SignedInteger)
-def _integer(codec: Integer | SignedInteger, parts: Parts, shape: Shape) -> Product | None:
+def _integer(codec: Integer | SignedInteger, parts: Parts, shape: Shape) -> Product:
     if not _takes(codec.group):
-        return None
+        return integers(codec, parts, shape[1])
     levels = 2**codec.bits_per_code
     return products.row_codes(
         parts["codes"],
