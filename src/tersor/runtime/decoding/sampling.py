@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from typing import Protocol
 
@@ -37,7 +38,7 @@ class Chooser:
     def __call__(self, logits: Tensor) -> int:
         """The id chosen by ``logits (vocabulary,)``. Raises NotFinite where the greatest is not a finite number."""
         best = int(logits.argmax())
-        if not bool(torch.isfinite(logits[best])):
+        if not math.isfinite(logits[best].item()):
             raise NotFinite("The model gave logits that are not finite numbers.")
         if self.temperature < _COLD:
             return best
