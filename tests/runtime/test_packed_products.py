@@ -224,7 +224,7 @@ def test_where_nothing_was_compiled_all_is_decoded() -> None:
 
 
 def test_a_codec_without_a_product_is_decoded(used: list[int]) -> None:
-    packed = linear("int4:g6")  # no multiple of 4 columns
+    packed = linear("fp4:e2m1:g6")  # no multiple of 4 columns
     x = torch.randn(4, IN)
     torch.testing.assert_close(packed(x), plain(packed)(x))
     assert used == []

@@ -114,7 +114,7 @@ class SemiStructured(CompositeCodec):
 
     def columns(self, numbers: Tensor) -> Tensor:
         """Column numbers ``(rows, in · n / m)`` int64 of the kept weights, ascending."""
-        table = _subsets(self.kept, self.group).to(numbers.device)
+        table = subsets(self.kept, self.group).to(numbers.device)
         inside = table[numbers.clamp(max=len(table) - 1)]
         first = torch.arange(numbers.shape[1], device=numbers.device) * self.group
         return (inside + first[:, None]).flatten(1)
@@ -156,7 +156,7 @@ class SemiStructured(CompositeCodec):
 
 
 @cache
-def _subsets(kept: int, group: int) -> Tensor:
+def subsets(kept: int, group: int) -> Tensor:
     """All subsets of ``0 … group − 1`` of ``kept`` members, ``(C(m, n), n)`` int64, in lexicographic order."""
     return torch.tensor(list(itertools.combinations(range(group), kept)))
 
@@ -165,8 +165,8 @@ def _subsets(kept: int, group: int) -> Tensor:
 def _numbers(kept: int, group: int) -> Tensor:
     """The number of a subset by its members as bits, ``(2^group,)`` int64."""
     table = torch.zeros(1 << group, dtype=torch.int64)
-    subsets = _subsets(kept, group)
-    table[(1 << subsets).sum(1)] = torch.arange(len(subsets))
+    known = subsets(kept, group)
+    table[(1 << known).sum(1)] = torch.arange(len(known))
     return table
 
 

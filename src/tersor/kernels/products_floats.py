@@ -7,6 +7,7 @@ specification in plain torch, :mod:`tersor.kernels.reference_floats`, or names t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,6 +51,54 @@ def gguf(blocks: Tensor, name: str, columns: int, points: Tensor | None = None) 
     if points is None:
         return _made().gguf(_raw(blocks), name, columns)  # type: ignore[no-any-return]
     return _made().gguf_grid(_raw(blocks), name, _raw(points), columns)  # type: ignore[no-any-return]
+
+
+def grid(codes: Tensor, scale: Tensor, zero: Tensor, *, bits: int, columns: int, tile: int = 1) -> Product:
+    """Codes row by row on grids of blocks: ``W[r, c] = (u − zero[r // tile, g]) · scale[r // tile, g]``.
+
+    ``codes``: ``(rows, ceil(columns · bits / 8))`` uint8, little-endian codes ``u`` of ``bits`` bits (1–8). ``scale``,
+    ``zero``: ``(ceil(rows / tile), groups)`` float32, groups of the same number of columns. Raises ValueError for what
+    does not fit together.
+    """
+    width = columns // max(scale.shape[1], 1)
+    return _made().grid(_raw(codes), bits, columns, tile, width, _raw(scale.float()), _raw(zero.float()))  # type: ignore[no-any-return]
+
+
+def kept(weight: Tensor) -> Product:
+    """A weight of bfloat16 or float16, for :func:`spread`: by itself, :func:`tersor.kernels.products_composed.dense` is
+    faster.
+    """
+    return _made().kept(_raw(weight), weight.dtype == torch.float16)  # type: ignore[no-any-return]
+
+
+def spread(patterns: Tensor, subsets: Tensor, group: int, inner: Product) -> Product:
+    """Of every ``group`` columns (up to 16) some weights of ``inner``, which is a product of this module; zeros else.
+
+    ``patterns``: ``(rows, ceil(groups · bits / 8))`` uint8, little-endian numbers of ``bits`` bits of rows of
+    ``subsets (2^bits, kept)``: the columns of a group that are kept, ascending. Raises ValueError for what does not fit
+    together.
+    """
+    return _made().spread(_raw(patterns), _raw(subsets.to(torch.uint8)), group, inner)  # type: ignore[no-any-return]
+
+
+def magnitudes(signs: Sequence[Tensor], left: Sequence[Tensor], right: Sequence[Tensor]) -> Product:
+    """A sum of ``±|left right|``, terms of a product added in order: BitStack (:mod:`tersor.codecs.sign_magnitude`).
+
+    Of each stage ``signs``: ``(rows, ceil(columns / 8))`` uint8, 1 for plus; ``left (rows, rank)``, ``right (rank,
+    columns)``, kept as float32. Raises ValueError for what does not fit together.
+    """
+    factors = ([_raw(factor.float()) for factor in each] for each in (left, right))
+    return _made().magnitudes([_raw(each) for each in signs], *factors)  # type: ignore[no-any-return]
+
+
+def pyramid(codes: Tensor, gains: Tensor, scale: Tensor, *, bits: int, dim: int, middle: int) -> Product:
+    """Vectors of ``dim`` integers that a gain makes as long as it says: ``y · (gain / |y|) · scale[r]``.
+
+    ``codes``: ``(rows, ceil(columns · bits / 8))`` uint8, little-endian codes ``y + middle`` of ``bits`` bits (1–8).
+    ``gains (rows, vectors)`` uint8. ``scale (rows, 1)`` float16. A vector of zeros is none. Raises ValueError for what
+    does not fit together.
+    """
+    return _made().pyramid(_raw(codes), bits, _raw(gains), _raw(scale.flatten()), dim, float(middle))  # type: ignore[no-any-return]
 
 
 def _made() -> Any:

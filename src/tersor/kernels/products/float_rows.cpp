@@ -148,6 +148,18 @@ class FloatRows final : public Product {
     }
     std::unique_ptr<Job> begin(ReadyPtr inputs, float* y, int64_t stride, const Options&) const override;
 
+    bool read_row(int64_t row, float* to) const override {
+        const int64_t unit = decoder_->unit, real = decoder_->real;
+        float weights[ROOM];
+        for (int64_t first = 0; first < decoder_->columns; first += stretch_) {
+            const int64_t wide = std::min(stretch_, decoder_->columns - first);
+            decoder_->decode(isa(), row, 1, first, wide, weights);
+            for (int64_t c = 0; c < wide; ++c)
+                if (unit == real || c % unit < real) *to++ = weights[c] * decoder_->factor(row);
+        }
+        return true;
+    }
+
     int64_t rows_of_part() const { return std::clamp<int64_t>((1 << 17) / columns / ROWS * ROWS, 2 * ROWS, 16 * ROWS); }
     const DecoderPtr& decoder() const { return decoder_; }
 
