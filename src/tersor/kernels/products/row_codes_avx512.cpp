@@ -9,9 +9,13 @@
 namespace tersor {
 namespace {
 
-// Stored scales from entry `at` on, 16 of them, or as many as there are before `end`; without the second-level scale.
-TERSOR_512_INLINE __m512 scales_at(const RowLayout& layout, int64_t at, int64_t end) {
-    const __mmask16 here = end - at >= 16 ? 0xffff : static_cast<__mmask16>((1u << (end - at)) - 1);
+TERSOR_512_INLINE __mmask16 first_lanes(int64_t count) {
+    return count >= 16 ? 0xffff : static_cast<__mmask16>((1u << count) - 1);
+}
+
+// Stored scales from entry `at` on, 16 of them, or the `count` that are left; without the second-level scale.
+TERSOR_512_INLINE __m512 scales_at(const RowLayout& layout, int64_t at, int64_t count) {
+    const __mmask16 here = first_lanes(count);
     if (layout.scale == nullptr) return _mm512_set1_ps(1.0f);
     if (layout.kind == ScaleKind::s8) {
         const __m128i bytes = _mm_maskz_loadu_epi8(here, static_cast<const uint8_t*>(layout.scale) + at);
@@ -19,7 +23,7 @@ TERSOR_512_INLINE __m512 scales_at(const RowLayout& layout, int64_t at, int64_t 
     }
     const uint16_t* from = static_cast<const uint16_t*>(layout.scale) + at;
     _mm_prefetch(reinterpret_cast<const char*>(from + 8 * layout.groups), _MM_HINT_T1);
-    const __m256i halves = end - at >= 16 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))
+    const __m256i halves = count >= 16 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))
                                           : _mm256_maskz_loadu_epi16(here, from);
     if (layout.kind == ScaleKind::fp16) return _mm512_cvtph_ps(halves);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
@@ -52,20 +56,24 @@ TERSOR_512_INLINE void shifts(const Call<K>& call, int64_t row, __m512 (&shift)[
     alignas(64) uint8_t zeros[64];
     for (int64_t g = 0; g < n; g += 16) {
         const __m512 zero = layout.zero == nullptr ? middle : zeros_at<K>(call, row, g, zeros);
-        const __m512 weight = _mm512_mul_ps(scales_at(layout, base + g, base + n), zero);
-        const __mmask16 here = n - g >= 16 ? 0xffff : static_cast<__mmask16>((1u << (n - g)) - 1);
+        const __m512 weight = _mm512_mul_ps(scales_at(layout, base + g, n - g), zero);
+        const __mmask16 here = first_lanes(n - g);
         for (int t = 0; t < K::Tokens; ++t)
             shift[t] = _mm512_fmadd_ps(weight, _mm512_maskz_loadu_ps(here, call.group_sums[t] + g), shift[t]);
     }
 }
 
-// Scales of up to 16 groups from `group` on, times the sums of the groups' inputs, added to those before.
+// Scales of up to 16 groups from `group` on, and these times the sums of the groups' inputs, added to those before.
 template <class K>
-TERSOR_512_INLINE void weigh(const Call<K>& call, __m512 scales, int64_t group, __m512 (&weighed)[K::Tokens]) {
-    const int64_t n = call.layout.groups;
-    const __mmask16 here = n - group >= 16 ? 0xffff : static_cast<__mmask16>((1u << (n - group)) - 1);
-    for (int t = 0; t < K::Tokens; ++t)
-        weighed[t] = _mm512_fmadd_ps(scales, _mm512_maskz_loadu_ps(here, call.group_sums[t] + group), weighed[t]);
+TERSOR_512_INLINE void fetch(const Call<K>& call, int64_t row, int64_t group, bool weigh, __m512 (&scales)[K::Rows],
+                             typename K::Floats& weighed) {
+    const int64_t n = call.layout.groups, left = n - group;
+    for (int r = 0; r < K::Rows; ++r) scales[r] = scales_at(call.layout, (row + r) * n + group, left);
+    if (!weigh) return;
+    for (int t = 0; t < K::Tokens; ++t) {
+        const __m512 sums = _mm512_maskz_loadu_ps(first_lanes(left), call.group_sums[t] + group);
+        for (int r = 0; r < K::Rows; ++r) weighed[r][t] = _mm512_fmadd_ps(scales[r], sums, weighed[r][t]);
+    }
 }
 
 // Rows of one group: lanes of sums of scale * code * input, and (`weighed`) of scale * input.
@@ -77,7 +85,7 @@ TERSOR_512_INLINE void one_group(const Call<K>& call, int64_t row, const typenam
     clear<K>(sum);
     for (int64_t s = 0; s < call.steps; ++s, codes += call.cut.bytes) step<K>(call, codes, table, s, sum);
     for (int r = 0; r < K::Rows; ++r) {
-        const __m512 first = scales_at(call.layout, row + r, row + r + 1);
+        const __m512 first = scales_at(call.layout, row + r, 1);
         const __m512 scale = _mm512_broadcastss_ps(_mm512_castps512_ps128(first));
         for (int t = 0; t < K::Tokens; ++t) {
             result[r][t] = _mm512_mul_ps(total<K>(sum[r][t]), scale);
@@ -96,14 +104,12 @@ TERSOR_512_INLINE void whole_steps(const Call<K>& call, int64_t row, const typen
     const int64_t per_group = PerGroup > 0 ? PerGroup : layout.group / K::Columns;
     const bool small = PerGroup > 0 || layout.group <= 2048;
     alignas(64) float scales[K::Rows][16];
+    __m512 fetched[K::Rows];
     typename K::Integers sum;
     int64_t s = 0;
     for (int64_t block = 0; block < n; block += 16) {
-        for (int r = 0; r < K::Rows; ++r) {
-            const __m512 fetched = scales_at(layout, (row + r) * n + block, (row + r + 1) * n);
-            _mm512_store_ps(scales[r], fetched);
-            weigh<K>(call, fetched, block, weighed[r]);
-        }
+        fetch<K>(call, row, block, true, fetched, weighed);
+        for (int r = 0; r < K::Rows; ++r) _mm512_store_ps(scales[r], fetched[r]);
         const int64_t here = std::min<int64_t>(16, n - block);
         for (int64_t g = 0; g < here; ++g) {
             clear<K>(sum);
@@ -126,18 +132,15 @@ TERSOR_512_INLINE void small_groups(const Call<K>& call, int64_t row, const type
                                     typename K::Floats& result, typename K::Floats& weighed) {
     const RowLayout& layout = call.layout;
     const uint8_t* codes = layout.codes + row * layout.row_bytes;
-    const int64_t n = layout.groups;
     typename K::Integers sum;
     __m512 scales[K::Rows];
-    for (int64_t fetch = 0; fetch < call.steps; fetch += call.per_fetch) {
-        const int64_t group = K::Columns * fetch / layout.group;
-        for (int r = 0; r < K::Rows; ++r) {
-            scales[r] = scales_at(layout, (row + r) * n + group, (row + r + 1) * n);
-            if (call.fetched_once) weigh<K>(call, scales[r], group, weighed[r]);
-        }
-        const int32_t* lanes = call.lanes + (call.per_fetch == 1 ? 16 * fetch : 0);
-        const int64_t last = std::min(call.steps, fetch + call.per_fetch);
-        for (int64_t s = fetch; s < last; ++s, codes += call.cut.bytes, lanes += 16) {
+    // A fetch that lasts for more than one step lasts for 16 whole groups.
+    for (int64_t first = 0, group = 0; first < call.steps; first += call.per_fetch, group += 16) {
+        if (call.per_fetch == 1) group = K::Columns * first / layout.group;
+        fetch<K>(call, row, group, call.fetched_once, scales, weighed);
+        const int32_t* lanes = call.lanes + (call.per_fetch == 1 ? 16 * first : 0);
+        const int64_t last = std::min(call.steps, first + call.per_fetch);
+        for (int64_t s = first; s < last; ++s, codes += call.cut.bytes, lanes += 16) {
             clear<K>(sum);
             step<K>(call, codes, table, s, sum);
             const __m512i lane = _mm512_loadu_si512(lanes);
@@ -172,7 +175,10 @@ TERSOR_512_INLINE void add_lanes(const __m512* lanes, float* sums) {
     }
 }
 
-template <class K>
+// How groups lie in steps: all columns are one, they are no whole steps, or they are one step or several.
+enum class Groups { one, small, step, steps };
+
+template <class K, Groups Kind>
 TERSOR_512 void rows_of(Call<K>& call, const RowInputs& inputs, int64_t first, int64_t last, int64_t token,
                         float* y, int64_t stride) {
     const RowLayout& layout = call.layout;
@@ -192,10 +198,10 @@ TERSOR_512 void rows_of(Call<K>& call, const RowInputs& inputs, int64_t first, i
         typename K::Floats result, weighed;
         for (int r = 0; r < K::Rows; ++r)
             for (int t = 0; t < K::Tokens; ++t) result[r][t] = weighed[r][t] = _mm512_setzero_ps();
-        if (layout.groups == 1) one_group<K>(call, row, table, result, weighed);
-        else if (layout.group % K::Columns != 0) small_groups<K>(call, row, table, result, weighed);
-        else if (layout.group == K::Columns) whole_steps<K, 1>(call, row, table, result, weighed);
-        else whole_steps<K, 0>(call, row, table, result, weighed);
+        if constexpr (Kind == Groups::one) one_group<K>(call, row, table, result, weighed);
+        if constexpr (Kind == Groups::small) small_groups<K>(call, row, table, result, weighed);
+        if constexpr (Kind == Groups::step) whole_steps<K, 1>(call, row, table, result, weighed);
+        if constexpr (Kind == Groups::steps) whole_steps<K, 0>(call, row, table, result, weighed);
         float sums[K::Rows * K::Tokens];
         for (int r = 0; r < K::Rows; ++r) {
             if (call.fetched_once) {
@@ -218,6 +224,16 @@ TERSOR_512 void rows_of(Call<K>& call, const RowInputs& inputs, int64_t first, i
     }
 }
 
+template <class K>
+TERSOR_512_INLINE void rows_for(Call<K>& call, const RowInputs& inputs, int64_t first, int64_t last, int64_t token,
+                                float* y, int64_t stride) {
+    const RowLayout& layout = call.layout;
+    if (layout.groups == 1) return rows_of<K, Groups::one>(call, inputs, first, last, token, y, stride);
+    if (layout.group % K::Columns != 0) return rows_of<K, Groups::small>(call, inputs, first, last, token, y, stride);
+    if (layout.group == K::Columns) return rows_of<K, Groups::step>(call, inputs, first, last, token, y, stride);
+    rows_of<K, Groups::steps>(call, inputs, first, last, token, y, stride);
+}
+
 // Rows for tokens [token, token + K::Tokens).
 template <class K>
 TERSOR_512 void loop(const RowLayout& layout, const RowInputs& inputs, int64_t first, int64_t last, int64_t token,
@@ -235,14 +251,14 @@ TERSOR_512 void loop(const RowLayout& layout, const RowInputs& inputs, int64_t f
         call.group_sums[t] = inputs.group_sums.data() + (token + t) * layout.groups;
     }
     const int64_t most = first + (last - first) / K::Rows * K::Rows;
-    rows_of<K>(call, inputs, first, most, token, y, stride);
+    rows_for<K>(call, inputs, first, most, token, y, stride);
     if (most == last) return;
     using One = Kind<K::Slices, K::Spread, K::Planes, K::Wide, K::Two, 1, K::Tokens>;
     Call<One> one{layout, {}, {}, {}, cut, steps, plain, whole, tail, layout.lanes.data(), layout.per_fetch, AHEAD, fetched_once};
     std::copy_n(call.high, K::Tokens, one.high);
     std::copy_n(call.low, K::Tokens, one.low);
     std::copy_n(call.group_sums, K::Tokens, one.group_sums);
-    rows_of<One>(one, inputs, most, last, token, y, stride);
+    rows_for<One>(one, inputs, most, last, token, y, stride);
 }
 
 template <int Slices, bool Spread, int Planes, bool Wide, bool Two>
