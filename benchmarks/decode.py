@@ -117,9 +117,9 @@ def random_gguf(path: Path, config: LlamaConfig) -> None:
 
 
 def by_decoder(model: Any, tokens: int, *, int8: bool = False) -> Contestant:
-    """tersor's compiled step, greedy, from large pages as `tersor run` has it."""
+    """tersor's compiled step, greedy, with large pages and a cache of float16, as `tersor run` has it."""
     large_pages.move(module for module in model.modules() if isinstance(module, Packed))
-    decoder = Decoder.of(model, context=CONTEXT, int8=int8)
+    decoder = Decoder.of(model, context=CONTEXT, cache_dtype=torch.float16, int8=int8)
 
     def run() -> float:
         decoder.rewind()
@@ -210,7 +210,7 @@ def agreement(artifact: Path, tokens: int = 128) -> dict[str, Any]:
     likeliest, in standard deviations of the logits.
     """
     session = open_session(artifact, trust_remote_code=False)
-    session.prepare(CONTEXT, torch.float32)
+    session.prepare(CONTEXT, torch.float16)
     assert session.decoder is not None, session.fallback
     written = []
     for prompt in PROMPTS:
@@ -293,7 +293,7 @@ from tersor.stages.session import Style, open_session
 from pathlib import Path
 session = open_session(Path(sys.argv[1]), trust_remote_code=False)
 imported_and_loaded = peak()
-session.prepare(256, torch.float32)
+session.prepare(256, torch.float16)
 assert session.decoder is not None, session.fallback
 session.write(session.encode("What is a tensor?"), tokens=int(sys.argv[2]), style=Style())
 session.keep()
