@@ -181,11 +181,12 @@ class Codebook final : public VectorRows<Codebook<P, BITS, STAGES>, P> {
         const int64_t bits = BITS > 0 ? BITS : entries_.bits, per_word = 57 / bits;
         const uint8_t *codes = this->bytes + row * this->row_bytes, *end = this->stored_.end();
         const uint64_t mask = (uint64_t{1} << bits) - 1;
+        const float* table = table_.data();
         int64_t bit = first / P * bits;
         for (int64_t left = count / P; left > 0; left -= per_word, bit += per_word * bits) {
             uint64_t word = word_at(codes + bit / 8, end) >> bit % 8;
             const int64_t here = std::min(left, per_word);
-            for (int64_t i = 0; i < here; ++i, word >>= bits, to += P) entry(word & mask, to);
+            for (int64_t i = 0; i < here; ++i, word >>= bits, to += P) entry(table, word & mask, to);
         }
     }
 
@@ -213,18 +214,18 @@ class Codebook final : public VectorRows<Codebook<P, BITS, STAGES>, P> {
     }
 
   private:
-    TERSOR_INLINE void entry(uint64_t code, float* to) const {
+    TERSOR_INLINE void entry(const float* table, uint64_t code, float* to) const {
         if (STAGES == 1) {
-            std::memcpy(to, table_.data() + code * P, P * sizeof(float));
+            std::memcpy(to, table + code * P, P * sizeof(float));
             return;
         }
         const uint64_t mask = (uint64_t{1} << entries_.index_bits) - 1;
         float sum[P];
-        std::memcpy(sum, table_.data() + (code & mask) * P, sizeof sum);
+        std::memcpy(sum, table + (code & mask) * P, sizeof sum);
         for (int stage = 1; stage < (STAGES > 0 ? STAGES : entries_.stages); ++stage) {
             const uint64_t at =
                 (static_cast<uint64_t>(stage) << entries_.index_bits) | (code >> stage * entries_.index_bits & mask);
-            const float* from = table_.data() + at * P;
+            const float* from = table + at * P;
             for (int i = 0; i < P; ++i) sum[i] += from[i];
         }
         std::memcpy(to, sum, sizeof sum);

@@ -150,7 +150,7 @@ class FloatRows final : public Product {
 
     bool read_row(int64_t row, float* to) const override {
         const int64_t unit = decoder_->unit, real = decoder_->real;
-        float weights[ROOM];
+        alignas(64) float weights[ROOM];
         for (int64_t first = 0; first < decoder_->columns; first += stretch_) {
             const int64_t wide = std::min(stretch_, decoder_->columns - first);
             decoder_->decode(isa(), row, 1, first, wide, weights);
@@ -167,7 +167,9 @@ class FloatRows final : public Product {
         const Isa level = isa();
         const Dots dots = dots_for(level);
         const int64_t columns = decoder_->columns;
-        float weights[ROWS * ROOM] = {}, lanes[TOKENS * ROWS * LANES];
+        alignas(64) float weights[ROWS * ROOM];
+        alignas(64) float lanes[TOKENS * ROWS * LANES];
+        if (count < ROWS) std::fill_n(weights, ROWS * ROOM, 0.0f);  // what is made of rows that are not there is dropped
         if (inputs.tokens == 1 && count == ROWS && decoder_->lanes_of_one(level, row, inputs.x, lanes))
             return give(row, count, 1, lanes, y, stride);
         for (int64_t t = 0; t < inputs.tokens; t += TOKENS) {

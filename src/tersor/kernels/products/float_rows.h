@@ -57,11 +57,12 @@ template <typename D>
 class EveryLevel : public RowDecoder {
   public:
     using RowDecoder::RowDecoder;
+    static constexpr bool NARROW = false;  // whether vectors of 512 bits would be loaded from two stores of 256
     void decode(Isa isa, int64_t row, int64_t count_rows, int64_t first, int64_t count, float* to) const final {
         const D& decoder = static_cast<const D&>(*this);
 #ifdef TERSOR_X86_ROWS
-        if (isa == Isa::avx512) return decode_512(decoder, row, count_rows, first, count, to);
-        if (isa == Isa::avx2) return decode_256(decoder, row, count_rows, first, count, to);
+        if (isa == Isa::avx512 && !D::NARROW) return decode_512(decoder, row, count_rows, first, count, to);
+        if (isa != Isa::portable) return decode_256(decoder, row, count_rows, first, count, to);
 #endif
         (void)isa;
         for (int64_t i = 0; i < count_rows; ++i) decoder.one(row + i, first, count, to + i * ROOM);

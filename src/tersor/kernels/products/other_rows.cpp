@@ -34,15 +34,54 @@ std::vector<T> copied(const In<T, 2>& from) {
     return std::vector<T>(from.data(), from.data() + from.shape(0) * from.shape(1));
 }
 
-// Codes of `bits` bits (1 to 8) from number `first` of a row on, as floats; writes up to 7 more than `count`.
-TERSOR_INLINE void unpack(const uint8_t* row, const uint8_t* end, int bits, int64_t first, int64_t count,
-                          float* __restrict to) {
-    const uint64_t mask = (uint64_t{1} << bits) - 1;
-    int64_t bit = first * bits;
-    for (int64_t c = 0; c < count; c += 8, bit += 8 * bits) {
-        const uint64_t word = word_at(row + bit / 8, end) >> bit % 8;
-        for (int i = 0; i < 8; ++i) to[c + i] = static_cast<float>(static_cast<int32_t>(word >> (i * bits) & mask));
+// A stretch of a row of codes of `bits` bits (1 to 8), and what is made of them: (code - zero) * scale. Scales and zeros
+// are those of groups of `width` columns, from the first of the row on.
+struct Codes {
+    const uint8_t *row, *end;
+    int bits;
+    int64_t first, count, width;
+    const float *scale, *zero;
+};
+
+void unpack_plainly(const Codes& codes, float* to) {
+    const uint64_t mask = (uint64_t{1} << codes.bits) - 1;
+    for (int64_t c = 0; c < codes.count; ++c) {
+        const int64_t bit = (codes.first + c) * codes.bits, group = (codes.first + c) / codes.width;
+        const uint64_t code = word_at(codes.row + bit / 8, codes.end) >> bit % 8 & mask;
+        to[c] = (static_cast<float>(static_cast<int32_t>(code)) - codes.zero[group]) * codes.scale[group];
     }
+}
+
+#ifdef TERSOR_X86_ROWS
+// Four codes in each half of a vector, moved to the right by as much as each lies to the left.
+TERSOR_ROWS_256 void unpack_256(const Codes& codes, float* to) {
+    const int bits = codes.bits;
+    const __m256i mask = _mm256_set1_epi32((1 << bits) - 1);
+    const __m256i shift = _mm256_setr_epi32(0, bits, 2 * bits, 3 * bits, 0, bits, 2 * bits, 3 * bits);
+    int64_t group = codes.first / codes.width, left = codes.width - codes.first % codes.width;
+    for (int64_t c = 0; c < codes.count; left = codes.width, ++group) {
+        const int64_t last = std::min(c + left, codes.count);
+        const __m256 zero = _mm256_set1_ps(codes.zero[group]), scale = _mm256_set1_ps(codes.scale[group]);
+        int64_t bit = (codes.first + c) * bits;
+        for (; c < last; c += 8, bit += 8 * bits) {
+            const uint64_t word = word_at(codes.row + bit / 8, codes.end) >> bit % 8;
+            const __m128i low = _mm_set1_epi32(static_cast<int32_t>(word));
+            const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(low),
+                                                         _mm_set1_epi32(static_cast<int32_t>(word >> 4 * bits)), 1);
+            const __m256 eight = _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srlv_epi32(both, shift), mask));
+            _mm256_storeu_ps(to + c, _mm256_mul_ps(_mm256_sub_ps(eight, zero), scale));
+        }
+        c = last;
+    }
+}
+#endif
+
+// Writes up to 7 more than there are.
+void unpack(const Codes& codes, float* to) {
+#ifdef TERSOR_X86_ROWS
+    if (isa() != Isa::portable) return unpack_256(codes, to);
+#endif
+    unpack_plainly(codes, to);
 }
 
 void require_codes(const In<uint8_t, 2>& codes, int bits, int64_t columns) {
@@ -56,7 +95,8 @@ class Grid final : public EveryLevel<Grid> {
   public:
     Grid(In<uint8_t, 2> codes, int bits, int64_t columns, int64_t tile, int64_t width, In<float, 2> scale,
          In<float, 2> zero)
-        : EveryLevel(static_cast<int64_t>(codes.shape(0)), columns, 1, codes.data(), static_cast<int64_t>(codes.shape(1))),
+        : EveryLevel(static_cast<int64_t>(codes.shape(0)), columns, 1, codes.data(),
+                     static_cast<int64_t>(codes.shape(1))),
           codes_(std::move(codes)),
           bits_(bits),
           tile_(tile),
@@ -65,13 +105,10 @@ class Grid final : public EveryLevel<Grid> {
           zero_(copied(zero)) {}
 
     TERSOR_INLINE void one(int64_t row, int64_t first, int64_t count, float* to) const {
-        unpack(bytes + row * row_bytes, bytes + rows * row_bytes, bits_, first, count, to);
         const int64_t block = row / tile_ * (columns / width_);
-        for (int64_t c = 0; c < count;) {
-            const int64_t group = (first + c) / width_, last = std::min(count, (group + 1) * width_ - first);
-            const float scale = scale_[block + group], zero = zero_[block + group];
-            for (; c < last; ++c) to[c] = (to[c] - zero) * scale;
-        }
+        unpack({bytes + row * row_bytes, bytes + rows * row_bytes, bits_, first, count, width_, scale_.data() + block,
+                zero_.data() + block},
+               to);
     }
 
   private:
@@ -136,12 +173,18 @@ class Spread final : public RowDecoder {
             for (int64_t k = 0; k < kept_; ++k) mask |= uint16_t{1} << subsets_[p * kept_ + k];
             masks_.push_back(mask);
         }
+        const int64_t each = 16 / group_, all = each * bits_;
+        if (16 % group_ > 0 || all > 12) return;
+        sixteen_.resize(size_t{1} << all);
+        for (size_t word = 0; word < sixteen_.size(); ++word)
+            for (int64_t i = 0; i < each; ++i)
+                sixteen_[word] |= masks_[word >> (i * bits_) & (masks_.size() - 1)] << (i * group_);
     }
 
     float factor(int64_t row) const override { return inner_->factor(row); }
 
     void decode(Isa isa, int64_t row, int64_t count_rows, int64_t first, int64_t count, float* to) const override {
-        float values[ROWS * ROOM];
+        alignas(64) float values[ROWS * ROOM];
         inner_->decode(isa, row, count_rows, first / group_ * kept_, count / group_ * kept_, values);
         for (int64_t i = 0; i < count_rows; ++i) {
 #ifdef TERSOR_X86_ROWS
@@ -159,33 +202,40 @@ class Spread final : public RowDecoder {
     const uint8_t* end() const { return stream(static_cast<int64_t>(patterns_.shape(0))); }
 
     void by_places(int64_t row, int64_t first, int64_t count, const float* values, float* to) const {
-        int64_t bit = first / group_ * bits_;
-        for (int64_t c = 0; c < count; c += group_, bit += bits_, values += kept_) {
-            const uint64_t pattern = word_at(stream(row) + bit / 8, end()) >> bit % 8 & ((1u << bits_) - 1);
-            const uint8_t* places = subsets_.data() + pattern * kept_;
-            for (int64_t i = 0; i < group_; ++i) to[c + i] = 0.0f;
-            for (int64_t k = 0; k < kept_; ++k) to[c + places[k]] = values[k];
+        const int64_t kept = kept_, group = group_, bits = bits_;
+        const uint8_t *from = stream(row), *last = end(), *subsets = subsets_.data();
+        std::fill_n(to, count, 0.0f);
+        int64_t bit = first / group * bits;
+        for (int64_t c = 0; c < count; c += group, bit += bits, values += kept) {
+            const uint64_t pattern = word_at(from + bit / 8, last) >> bit % 8 & ((1u << bits) - 1);
+            for (int64_t k = 0; k < kept; ++k) to[c + subsets[pattern * kept + k]] = values[k];
         }
     }
 
 #ifdef TERSOR_X86_ROWS
     TERSOR_ROWS_512 void by_masks(int64_t row, int64_t first, int64_t count, const float* values, float* to) const {
-        const int64_t each = 16 / group_;
+        const int64_t group = group_, each = 16 / group, step = each * bits_, more = each * kept_;
         const uint8_t *from = stream(row), *last = end();
-        const uint64_t low = (uint64_t{1} << bits_) - 1;
-        int64_t bit = first / group_ * bits_;
-        for (int64_t c = 0; c < count; c += 16, bit += each * bits_, values += each * kept_) {
+        const uint16_t* masks = sixteen_.empty() ? masks_.data() : sixteen_.data();
+        const int64_t at_once = sixteen_.empty() ? 1 : each, bits = bits_ * at_once;
+        const bool few = more <= 8;
+        const uint64_t low = (uint64_t{1} << bits) - 1;
+        int64_t bit = first / group * bits_;
+        for (int64_t c = 0; c < count; c += 16, bit += step, values += more) {
             uint64_t word = word_at(from + bit / 8, last) >> bit % 8;  // at most 8 patterns of a bit, 4 of 3, 2 of 7
             uint32_t mask = 0;
-            for (int64_t i = 0; i < each; ++i, word >>= bits_) mask |= uint32_t{masks_[word & low]} << (i * group_);
-            _mm512_storeu_ps(to + c, _mm512_maskz_expand_ps(static_cast<__mmask16>(mask), _mm512_loadu_ps(values)));
+            for (int64_t i = 0; i < each; i += at_once, word >>= bits)
+                mask |= uint32_t{masks[word & low]} << (i * group);
+            _mm512_storeu_ps(to + c, _mm512_maskz_expand_ps(
+                                           static_cast<__mmask16>(mask),
+                                           few ? _mm512_castps256_ps512(_mm256_loadu_ps(values)) : _mm512_loadu_ps(values)));
         }
     }
 #endif
 
     In<uint8_t, 2> patterns_;
     std::vector<uint8_t> subsets_;
-    std::vector<uint16_t> masks_;
+    std::vector<uint16_t> masks_, sixteen_;  // by pattern; by all patterns of 16 columns, where they have up to 12 bits
     int64_t kept_, group_;
     int bits_;
     DecoderPtr inner_;
@@ -193,7 +243,8 @@ class Spread final : public RowDecoder {
 
 ProductPtr spread(In<uint8_t, 2> patterns, In<uint8_t, 2> subsets, int64_t group, ProductPtr inner) {
     const DecoderPtr decoder = inner == nullptr ? nullptr : decoder_of(*inner);
-    require(decoder != nullptr && decoder->unit == decoder->real, "weights inside are not decoded to floats row by row");
+    require(decoder != nullptr && decoder->unit == decoder->real,
+            "weights inside are not decoded to floats row by row");
     const int64_t kept = static_cast<int64_t>(subsets.shape(1));
     int bits = 0;
     while (bits < 14 && (size_t{1} << bits) < subsets.shape(0)) ++bits;
@@ -223,7 +274,7 @@ class Magnitudes final : public EveryLevel<Magnitudes> {
     static int64_t padded(int64_t columns) { return (columns + AT_ONCE - 1) / AT_ONCE * AT_ONCE; }
 
     TERSOR_INLINE void one(int64_t row, int64_t first, int64_t count, float* __restrict to) const {
-        const int64_t width = padded(columns);
+        const int64_t width = padded(columns), rank = rank_;
         for (size_t s = 0; s < stages_.size(); ++s) {
             const Stage& stage = stages_[s];
             const uint8_t *signs = stage.signs.data() + row * row_bytes, *end = stage.signs.data() + rows * row_bytes;
@@ -232,10 +283,15 @@ class Magnitudes final : public EveryLevel<Magnitudes> {
                 const float* right = stage.right.data() + first + c;
                 float size[AT_ONCE];
                 for (int i = 0; i < AT_ONCE; ++i) size[i] = left[0] * right[i];
-                for (int64_t k = 1; k < rank_; ++k) {
-                    const float factor = left[k];
-                    const float* terms = right + k * width;
-                    for (int i = 0; i < AT_ONCE; ++i) size[i] += factor * terms[i];
+                int64_t k = 1;
+                for (; k + 3 <= rank; k += 3) {
+                    const float *a = right + k * width, *b = a + width, *d = b + width;
+                    const float u = left[k], v = left[k + 1], w = left[k + 2];
+                    for (int i = 0; i < AT_ONCE; ++i) size[i] = ((size[i] + u * a[i]) + v * b[i]) + w * d[i];
+                }
+                for (; k < rank; ++k) {
+                    const float* a = right + k * width;
+                    for (int i = 0; i < AT_ONCE; ++i) size[i] += left[k] * a[i];
                 }
                 const uint32_t plus = static_cast<uint32_t>(word_at(signs + (first + c) / 8, end));
                 uint32_t bits[AT_ONCE];
@@ -252,7 +308,8 @@ class Magnitudes final : public EveryLevel<Magnitudes> {
     int64_t rank_;
 };
 
-ProductPtr magnitudes(std::vector<In<uint8_t, 2>> signs, std::vector<In<float, 2>> left, std::vector<In<float, 2>> right) {
+ProductPtr magnitudes(std::vector<In<uint8_t, 2>> signs, std::vector<In<float, 2>> left,
+                      std::vector<In<float, 2>> right) {
     require(!signs.empty() && signs.size() == left.size() && signs.size() == right.size(),
             "each stage has signs, a left and a right factor");
     const int64_t rows = static_cast<int64_t>(left[0].shape(0)), rank = static_cast<int64_t>(left[0].shape(1)),
@@ -274,9 +331,11 @@ ProductPtr magnitudes(std::vector<In<uint8_t, 2>> signs, std::vector<In<float, 2
 // Vectors of `dim` integers, code - middle, made as long as a gain says.
 class Pyramid final : public EveryLevel<Pyramid> {
   public:
+    static constexpr bool NARROW = true;
+
     Pyramid(In<uint8_t, 2> codes, int bits, In<uint8_t, 2> gains, In<uint16_t, 1> scale, int64_t dim, float middle)
-        : EveryLevel(static_cast<int64_t>(codes.shape(0)), dim * static_cast<int64_t>(gains.shape(1)), dim, codes.data(),
-                     static_cast<int64_t>(codes.shape(1))),
+        : EveryLevel(static_cast<int64_t>(codes.shape(0)), dim * static_cast<int64_t>(gains.shape(1)), dim,
+                     codes.data(), static_cast<int64_t>(codes.shape(1))),
           codes_(std::move(codes)),
           gains_(std::move(gains)),
           scale_(std::move(scale)),
@@ -286,22 +345,36 @@ class Pyramid final : public EveryLevel<Pyramid> {
     float factor(int64_t row) const override { return float_of_half(scale_.data()[row]); }
 
     TERSOR_INLINE void one(int64_t row, int64_t first, int64_t count, float* to) const {
-        unpack(bytes + row * row_bytes, bytes + rows * row_bytes, bits_, first, count, to);
+        const float one = 1.0f;
+        unpack({bytes + row * row_bytes, bytes + rows * row_bytes, bits_, first, count, columns, &one, &middle_}, to);
         const uint8_t* gain = gains_.data() + row * gains_.shape(1) + first / unit;
-        for (int64_t c = 0; c < count; c += unit, ++gain) {
-            // Whole numbers, so that sums are the same in any order.
-            int32_t square = 0;
-            for (int64_t i = c; i < c + unit; ++i) {
-                to[i] -= middle_;
-                const int32_t whole = static_cast<int32_t>(to[i]);
-                square += whole * whole;
-            }
-            const float stretch = static_cast<float>(*gain) / std::sqrt(static_cast<float>(square));
-            for (int64_t i = c; i < c + unit; ++i) to[i] *= stretch;
+        switch (unit) {
+            case 8: return vectors<8>(gain, 8, count, to);
+            case 12: return vectors<12>(gain, 12, count, to);
+            case 16: return vectors<16>(gain, 16, count, to);
+            case 24: return vectors<24>(gain, 24, count, to);
+            case 28: return vectors<28>(gain, 28, count, to);
+            default: return vectors<0>(gain, unit, count, to);
         }
     }
 
   private:
+    template <int DIM>
+    TERSOR_INLINE void vectors(const uint8_t* gain, int64_t unit, int64_t count, float* to) const {
+        const int64_t dim = DIM > 0 ? DIM : unit;
+        for (int64_t c = 0; c < count; c += dim, ++gain) {
+            float* vector = to + c;
+            // Whole numbers, so that sums are the same in any order.
+            int32_t square = 0;
+            for (int64_t i = 0; i < dim; ++i) {
+                const int32_t whole = static_cast<int32_t>(vector[i]);
+                square += whole * whole;
+            }
+            const float stretch = static_cast<float>(*gain) / std::sqrt(static_cast<float>(square));
+            for (int64_t i = 0; i < dim; ++i) vector[i] *= stretch;
+        }
+    }
+
     In<uint8_t, 2> codes_, gains_;
     In<uint16_t, 1> scale_;
     int bits_;
