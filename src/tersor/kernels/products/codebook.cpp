@@ -1,5 +1,5 @@
-// Vectors of a codebook, or sums of such; and the words of E8P. A code stands for some columns, in units of a scale that
-// each row has.
+// Vectors of a codebook, or sums of such; and the words of E8P. A code stands for some columns, in units of a scale
+// that each row has.
 #include <algorithm>
 #include <utility>
 
@@ -83,23 +83,23 @@ struct Two {
     TERSOR_ROWS_256 static V zero() { return _mm_setzero_ps(); }
 };
 
-#define TERSOR_ONE_CODE(NAME, VECTOR, SIZE, TARGET, PREFIX)                                                              \
-    struct NAME {                                                                                                        \
-        using V = VECTOR;                                                                                                \
-        static constexpr int P = SIZE, WIDTH = SIZE, CODES = 1;                                                          \
-        TARGET static V load(const float* x) { return PREFIX##_loadu_ps(x); }                                            \
-        template <int STAGES>                                                                                              \
-        TARGET static V at(const Entries& entries, uint64_t word) {                                                      \
-            const uint64_t mask = (uint64_t{1} << entries.index_bits) - 1;                                               \
-            V sum = load(entries.table + (word & mask) * P);                                                             \
-            for (int s = 1; s < (STAGES > 0 ? STAGES : entries.stages); ++s)                                                              \
-                sum = PREFIX##_add_ps(sum, load(entries.table + ((word >> s * entries.index_bits & mask) |               \
-                                                                 uint64_t(s) << entries.index_bits) * P));               \
-            return sum;                                                                                                  \
-        }                                                                                                                \
-        TARGET static V fma(V a, V b, V c) { return PREFIX##_fmadd_ps(a, b, c); }                                        \
-        TARGET static void store(float* to, V v) { PREFIX##_storeu_ps(to, v); }                                          \
-        TARGET static V zero() { return PREFIX##_setzero_ps(); }                                                         \
+#define TERSOR_ONE_CODE(NAME, VECTOR, SIZE, TARGET, PREFIX)                                                            \
+    struct NAME {                                                                                                      \
+        using V = VECTOR;                                                                                              \
+        static constexpr int P = SIZE, WIDTH = SIZE, CODES = 1;                                                        \
+        TARGET static V load(const float* x) { return PREFIX##_loadu_ps(x); }                                          \
+        template <int STAGES>                                                                                          \
+        TARGET static V at(const Entries& entries, uint64_t word) {                                                    \
+            const uint64_t mask = (uint64_t{1} << entries.index_bits) - 1;                                             \
+            V sum = load(entries.table + (word & mask) * P);                                                           \
+            for (int s = 1; s < (STAGES > 0 ? STAGES : entries.stages); ++s)                                           \
+                sum = PREFIX##_add_ps(sum, load(entries.table + ((word >> s * entries.index_bits & mask) |             \
+                                                                 uint64_t(s) << entries.index_bits) * P));             \
+            return sum;                                                                                                \
+        }                                                                                                              \
+        TARGET static V fma(V a, V b, V c) { return PREFIX##_fmadd_ps(a, b, c); }                                      \
+        TARGET static void store(float* to, V v) { PREFIX##_storeu_ps(to, v); }                                        \
+        TARGET static V zero() { return PREFIX##_setzero_ps(); }                                                       \
     };
 TERSOR_ONE_CODE(Four, __m128, 4, TERSOR_ROWS_256, _mm)
 TERSOR_ONE_CODE(Eight, __m256, 8, TERSOR_ROWS_256, _mm256)
@@ -108,39 +108,39 @@ TERSOR_ONE_CODE(Sixteen, __m512, 16, TERSOR_ROWS_512, _mm512)
 // Sixteen lanes for each of R rows; entries are not decoded first but multiplied as they are loaded. `BITS`: of a code, 0
 // where they are not known here. `ONCE`: a word of 57 bits has all codes of 16 columns. The two bodies differ in what they
 // are compiled for.
-#define TERSOR_VECTOR_LANES(NAME, TARGET)                                                                                \
-    template <typename E, int R, int BITS, int STAGES, bool ONCE>                                                          \
+#define TERSOR_VECTOR_LANES(NAME, TARGET)                                                                              \
+    template <typename E, int R, int BITS, int STAGES, bool ONCE>                                                      \
     TARGET void NAME(const Entries& entries, const uint8_t* codes, int64_t row_bytes, const uint8_t* end, const float* x, \
-                     int64_t columns, float* lanes) {                                                                    \
-        constexpr int COUNT = 16 / E::WIDTH;                                                                             \
-        const int each = (BITS > 0 ? BITS : entries.bits) * E::CODES;                                                    \
-        typename E::V sum[R][COUNT];                                                                                     \
-        _Pragma("GCC unroll 8")                                                                                         \
-        for (int r = 0; r < R; ++r)                                                                                      \
-            _Pragma("GCC unroll 8")                                                                                     \
-            for (int v = 0; v < COUNT; ++v) sum[r][v] = E::zero();                                                       \
-        int64_t bit = 0;                                                                                                 \
-        for (int64_t c = 0; c < columns; c += 16, bit += each * COUNT) {                                                 \
-            typename E::V in[COUNT];                                                                                     \
-            _Pragma("GCC unroll 8")                                                                                     \
-            for (int v = 0; v < COUNT; ++v) in[v] = E::load(x + c + v * E::WIDTH);                                       \
-            _Pragma("GCC unroll 8")                                                                                     \
-            for (int r = 0; r < R; ++r) {                                                                                \
-                const uint8_t* row = codes + r * row_bytes;                                                              \
-                uint64_t word = 0;                                                                                       \
-                if (ONCE) word = word_at(row + bit / 8, end) >> bit % 8;                                                 \
-                _Pragma("GCC unroll 8")                                                                                 \
-                for (int v = 0; v < COUNT; ++v) {                                                                        \
-                    if (!ONCE) word = word_at(row + (bit + v * each) / 8, end) >> (bit + v * each) % 8;                  \
-                    sum[r][v] = E::fma(E::template at<STAGES>(entries, word), in[v], sum[r][v]);                            \
-                    if (ONCE) word >>= each;                                                                             \
-                }                                                                                                        \
-            }                                                                                                            \
-        }                                                                                                                \
-        _Pragma("GCC unroll 8")                                                                                         \
-        for (int r = 0; r < R; ++r)                                                                                      \
-            _Pragma("GCC unroll 8")                                                                                     \
-            for (int v = 0; v < COUNT; ++v) E::store(lanes + r * LANES + v * E::WIDTH, sum[r][v]);                       \
+                     int64_t columns, float* lanes) {                                                                  \
+        constexpr int COUNT = 16 / E::WIDTH;                                                                           \
+        const int each = (BITS > 0 ? BITS : entries.bits) * E::CODES;                                                  \
+        typename E::V sum[R][COUNT];                                                                                   \
+        _Pragma("GCC unroll 8")                                                                                        \
+        for (int r = 0; r < R; ++r)                                                                                    \
+            _Pragma("GCC unroll 8")                                                                                    \
+            for (int v = 0; v < COUNT; ++v) sum[r][v] = E::zero();                                                     \
+        int64_t bit = 0;                                                                                               \
+        for (int64_t c = 0; c < columns; c += 16, bit += each * COUNT) {                                               \
+            typename E::V in[COUNT];                                                                                   \
+            _Pragma("GCC unroll 8")                                                                                    \
+            for (int v = 0; v < COUNT; ++v) in[v] = E::load(x + c + v * E::WIDTH);                                     \
+            _Pragma("GCC unroll 8")                                                                                    \
+            for (int r = 0; r < R; ++r) {                                                                              \
+                const uint8_t* row = codes + r * row_bytes;                                                            \
+                uint64_t word = 0;                                                                                     \
+                if (ONCE) word = word_at(row + bit / 8, end) >> bit % 8;                                               \
+                _Pragma("GCC unroll 8")                                                                                \
+                for (int v = 0; v < COUNT; ++v) {                                                                      \
+                    if (!ONCE) word = word_at(row + (bit + v * each) / 8, end) >> (bit + v * each) % 8;                \
+                    sum[r][v] = E::fma(E::template at<STAGES>(entries, word), in[v], sum[r][v]);                       \
+                    if (ONCE) word >>= each;                                                                           \
+                }                                                                                                      \
+            }                                                                                                          \
+        }                                                                                                              \
+        _Pragma("GCC unroll 8")                                                                                        \
+        for (int r = 0; r < R; ++r)                                                                                    \
+            _Pragma("GCC unroll 8")                                                                                    \
+            for (int v = 0; v < COUNT; ++v) E::store(lanes + r * LANES + v * E::WIDTH, sum[r][v]);                     \
     }
 TERSOR_VECTOR_LANES(lanes_512, TERSOR_ROWS_512)
 TERSOR_VECTOR_LANES(lanes_256, TERSOR_ROWS_256)
@@ -268,32 +268,32 @@ struct Words {
     const uint32_t (*signs)[8];
     const float (*moves)[8];
 };
-#define TERSOR_WORD_LANES(NAME, TARGET)                                                                                  \
-    template <int R>                                                                                                     \
-    TARGET void NAME(const Words& words, const uint8_t* codes, int64_t row_bytes, const float* x, int64_t columns,        \
-                     float* lanes) {                                                                                     \
-        __m256 sum[R][2];                                                                                                \
-        _Pragma("GCC unroll 8")                                                                                         \
-        for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = _mm256_setzero_ps();                                         \
-        for (int64_t c = 0; c < columns; c += 16) {                                                                      \
-            const __m256 in[2] = {_mm256_loadu_ps(x + c), _mm256_loadu_ps(x + c + 8)};                                   \
-            _Pragma("GCC unroll 8")                                                                                     \
-            for (int r = 0; r < R; ++r) {                                                                                \
-                uint32_t word;                                                                                           \
-                std::memcpy(&word, codes + r * row_bytes + c / 4, 4);                                                    \
-                _Pragma("GCC unroll 8")                                                                                 \
-                for (int v = 0; v < 2; ++v, word >>= 16) {                                                               \
-                    const __m256 size = _mm256_loadu_ps(reinterpret_cast<const float*>(words.magnitudes[word & 255]));   \
-                    const __m256 sign = _mm256_loadu_ps(reinterpret_cast<const float*>(words.signs[word >> 8 & 255]));   \
-                    const __m256 move = _mm256_loadu_ps(words.moves[word >> 15 & 1]);                                    \
-                    sum[r][v] = _mm256_fmadd_ps(_mm256_add_ps(_mm256_xor_ps(size, sign), move), in[v], sum[r][v]);        \
-                }                                                                                                        \
-            }                                                                                                            \
-        }                                                                                                                \
-        _Pragma("GCC unroll 8")                                                                                         \
-        for (int r = 0; r < R; ++r)                                                                                      \
-            _Pragma("GCC unroll 8")                                                                                     \
-            for (int v = 0; v < 2; ++v) _mm256_storeu_ps(lanes + r * LANES + 8 * v, sum[r][v]);                          \
+#define TERSOR_WORD_LANES(NAME, TARGET)                                                                                \
+    template <int R>                                                                                                   \
+    TARGET void NAME(const Words& words, const uint8_t* codes, int64_t row_bytes, const float* x, int64_t columns,     \
+                     float* lanes) {                                                                                   \
+        __m256 sum[R][2];                                                                                              \
+        _Pragma("GCC unroll 8")                                                                                        \
+        for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = _mm256_setzero_ps();                                       \
+        for (int64_t c = 0; c < columns; c += 16) {                                                                    \
+            const __m256 in[2] = {_mm256_loadu_ps(x + c), _mm256_loadu_ps(x + c + 8)};                                 \
+            _Pragma("GCC unroll 8")                                                                                    \
+            for (int r = 0; r < R; ++r) {                                                                              \
+                uint32_t word;                                                                                         \
+                std::memcpy(&word, codes + r * row_bytes + c / 4, 4);                                                  \
+                _Pragma("GCC unroll 8")                                                                                \
+                for (int v = 0; v < 2; ++v, word >>= 16) {                                                             \
+                    const __m256 size = _mm256_loadu_ps(reinterpret_cast<const float*>(words.magnitudes[word & 255])); \
+                    const __m256 sign = _mm256_loadu_ps(reinterpret_cast<const float*>(words.signs[word >> 8 & 255])); \
+                    const __m256 move = _mm256_loadu_ps(words.moves[word >> 15 & 1]);                                  \
+                    sum[r][v] = _mm256_fmadd_ps(_mm256_add_ps(_mm256_xor_ps(size, sign), move), in[v], sum[r][v]);     \
+                }                                                                                                      \
+            }                                                                                                          \
+        }                                                                                                              \
+        _Pragma("GCC unroll 8")                                                                                        \
+        for (int r = 0; r < R; ++r)                                                                                    \
+            _Pragma("GCC unroll 8")                                                                                    \
+            for (int v = 0; v < 2; ++v) _mm256_storeu_ps(lanes + r * LANES + 8 * v, sum[r][v]);                        \
     }
 TERSOR_WORD_LANES(words_512, TERSOR_ROWS_512)
 TERSOR_WORD_LANES(words_256, TERSOR_ROWS_256)

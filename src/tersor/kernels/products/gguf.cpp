@@ -1,5 +1,5 @@
-// Tensor types of llama.cpp with a code for each weight, block by block as they are stored; what the bytes mean is said in
-// tersor/codecs/gguf_layout.py. Each weight is computed in that order of operations, so that it is the same to the bit.
+// Tensor types of llama.cpp with a code for each weight, block by block as they are stored; what the bytes mean is said
+// in tersor/codecs/gguf_layout.py. Each weight is computed in that order of operations, so that it is the same to the bit.
 #include <utility>
 
 #include "bind.h"

@@ -1,5 +1,5 @@
-// Rows that become floats in other ways: codes on grids of any blocks, kept floats, a few weights of each group of columns,
-// signs of low-rank magnitudes, and pyramids.
+// Rows that become floats in other ways: codes on grids of any blocks, kept floats, a few weights of each group of
+// columns, signs of low-rank magnitudes, and pyramids.
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
