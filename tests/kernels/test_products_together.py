@@ -63,6 +63,13 @@ def all_kinds() -> list[Product]:
         products_floats.codebook(codes, torch.ones(30, 1).half(), torch.randn(1, 256, 4, generator=draw), COLUMNS),
         products_floats.codebook(codes, torch.ones(30, 1).half(), torch.randn(2, 16, 4, generator=draw), COLUMNS),
         products_floats.codebook(codes, torch.ones(30, 1).half(), torch.randn(1, 64, 3, generator=draw), COLUMNS),
+        products_composed.stacked(
+            [
+                row_codes(9, 4, 32, draw),
+                products_composed.total([row_codes(20, 3, 32, draw), row_codes(20, 2, 32, draw)]),
+            ]
+        ),
+        products_composed.rotated(products_composed.total([row_codes(20, 3, 32, draw), row_codes(20, 2, 32, draw)]), 5),
         products_composed.scaled(row_codes(50, 8, 32, draw), torch.rand(COLUMNS, generator=draw) + 0.5),
     ]
 

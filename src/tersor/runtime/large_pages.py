@@ -17,21 +17,27 @@ import torch
 from torch import Tensor
 
 from tersor.runtime.packed import Packed
+from tersor.runtime.products import used_as_stored
 
 PAGE = 2 << 20
 _ALIGNED = 64
 _SWITCH = "/sys/kernel/mm/transparent_hugepage/enabled"
+_CONTAINER = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+"""What a container may take of memory, and has taken: of both versions of control groups."""
 
 
 def move(modules: Iterable[Packed]) -> bool:
     """Copy the stored tensors of packed modules on the processor into large pages, in place; whether that was done.
 
-    It is not where the system has no such pages to give, where the weights are less than one of them, or where half of
-    the memory that is free would not hold them.
+    Only those that products multiply by where they lie. It is not done where the system has no such pages to give,
+    where the weights are less than one of them, or where half of the memory that is free would not hold them.
     """
     held: dict[object, list[tuple[Packed, str]]] = {}
     for module in modules:
-        for name in module.part_names:
+        for name in module.part_names if used_as_stored(module.codec) else ():
             part = module.part(name)
             if part.device.type == "cpu":
                 held.setdefault((part.data_ptr(), part.dtype, part.shape), []).append((module, name))
@@ -54,14 +60,29 @@ def room(size: int) -> Tensor | None:
     """``size`` bytes (uint8) in large pages, from the beginning of one; None where there are none to have, or ``size``
     is less than one of them or more than half of the memory that is free.
     """
-    if not PAGE <= size <= psutil.virtual_memory().available // 2 or not _offered():
+    if size < PAGE or not _offered() or size > _free() // 2:
         return None
-    # Private memory: what is shared between processes has no large pages here.
-    memory = mmap.mmap(-1, size + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    try:
+        # Private memory: what is shared between processes has no large pages here.
+        memory = mmap.mmap(-1, size + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # a limit on the process's memory, or a sandbox
+        return None
     found = torch.frombuffer(memory, dtype=torch.uint8)  # keeps the memory for as long as a tensor is in it
     first = -found.data_ptr() % PAGE
     return found[first : first + size]
+
+
+def _free() -> int:
+    """Bytes that the process may still take: of the machine's, and of what a container leaves it."""
+    free: int = psutil.virtual_memory().available
+    for most, used in _CONTAINER:
+        try:
+            with open(most) as limit, open(used) as current:
+                free = min(free, int(limit.read()) - int(current.read()))
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return max(free, 0)
 
 
 def _padded(part: Tensor) -> int:

@@ -50,11 +50,11 @@ class Chat:
         tokens = min(self._tokens, room)
         written = self._session.write(ids, tokens=tokens, style=self._style, on_text=on_text)
         self.full = not written.ended and tokens < self._tokens
-        self._session.keep()
         self._messages = [*messages, {"role": "assistant", "content": written.text}]
         self._text = text + written.text
         # The template has the token that ends a turn too.
         self._ids = [*ids, *(written.ids[:-1] if written.ended else written.ids)]
+        self._session.keep()
         return written
 
     def _encode(self, text: str) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import torch
@@ -39,5 +40,6 @@ def write_text(
         )
     session.prepare(given + tokens, cache_dtype)
     written = session.write(ids, tokens=tokens, style=style, on_text=on_text)
-    session.keep()
+    with contextlib.suppress(KeyboardInterrupt):  # the text is there: who breaks off now has it all the same
+        session.keep()
     return written

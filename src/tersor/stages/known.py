@@ -27,6 +27,9 @@ _SAMPLE = "Der 1. Versuch:\tdef f(x): return x**2 # naïve 漢字 🙂\n"
 def place(artifact: Artifact) -> Path:
     """Where what is known of an artifact is kept, if anything is."""
     files = {name: record.sha256 for name, record in sorted(artifact.manifest.files.items())}
+    # Not every artifact has this one, and whoever adds it later means it.
+    settings = artifact.folder / "generation_config.json"
+    files["generation_config.json"] = hashlib.sha256(settings.read_bytes()).hexdigest() if settings.is_file() else ""
     key = [_FORMAT, __version__, torch.__version__, transformers.__version__, files]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     return cache_folder() / "steps" / f"{digest}.safetensors"
@@ -34,7 +37,12 @@ def place(artifact: Artifact) -> Path:
 
 def load(artifact: Artifact) -> Blueprint | None:
     """What is known of an artifact. None for one that brings code, which only transformers can judge."""
-    return None if "auto_map" in artifact.config else Blueprint.load(place(artifact))
+    if "auto_map" in artifact.config:
+        return None
+    try:
+        return Blueprint.load(place(artifact))
+    except RuntimeError:  # no home folder
+        return None
 
 
 def describe_tokenizer(tokenizer: Any) -> dict[str, Any] | None:

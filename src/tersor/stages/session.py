@@ -127,6 +127,7 @@ class Session:
             with contextlib.suppress(UnknownArchitecture):
                 self.decoder = rebuild(self.blueprint, self.artifact, context=context, cache_dtype=cache_dtype)
                 return
+            self.blueprint = None  # its file is about to be replaced
         large_pages.move(module for module in self.model.modules() if isinstance(module, Packed))
         try:
             self.decoder = Decoder.of(self.model, context=context, cache_dtype=cache_dtype)
@@ -138,7 +139,8 @@ class Session:
         if self._kept or self.decoder is None or self._model is None or "auto_map" in self.artifact.config:
             return
         self._kept = True
-        with contextlib.suppress(UnknownArchitecture, OSError):
+        # RuntimeError: where there is no home, there is no place for it.
+        with contextlib.suppress(UnknownArchitecture, OSError, RuntimeError):
             context = max(self.decoder.context, min(self.limit or LONGEST, LONGEST))
             found = draw(self._model, self.artifact.manifest.kept, context)
             found.data["manner"] = asdict(self.manner)

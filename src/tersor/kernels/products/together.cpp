@@ -60,7 +60,10 @@ bool Together::takes_ready_of(const Together& other) const {
 ReadyPtr Together::ready(const float* x, int64_t tokens, const Options& options) const {
     auto made = std::make_shared<AllReady>();
     for (size_t i = 0; i < all_.size(); ++i)
-        made->each.push_back(from_[i] < i ? made->each[from_[i]] : all_[i]->ready(x, tokens, options));
+        // Nothing for a product without steps, which is run as a whole.
+        made->each.push_back(from_[i] < i               ? made->each[from_[i]]
+                             : all_[i]->in_steps() ? all_[i]->ready(x, tokens, options)
+                                                   : nullptr);
     return made;
 }
 

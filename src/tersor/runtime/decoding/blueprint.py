@@ -7,6 +7,7 @@ decoder made again has to reproduce them too.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -61,7 +62,9 @@ class Blueprint:
             tensors = {
                 name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in self.tensors.items()
             }
-            save_file(tensors, partial, metadata={"blueprint": json.dumps(self.data)})
+            save_file(tensors, partial, metadata={"blueprint": json.dumps(self.data), "sha256": _digest(tensors)})
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
             partial.replace(path)
         except SafetensorError as error:
             raise OSError(f"{partial}: {error}") from error
@@ -73,10 +76,21 @@ class Blueprint:
         """What :meth:`save` wrote, mapped; None where there is nothing that can be read."""
         try:
             with safe_open(path, framework="pt") as file:
-                data = json.loads((file.metadata() or {})["blueprint"])
-                return cls(data, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+                about = file.metadata() or {}
+                data = json.loads(about["blueprint"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            whole = isinstance(data, dict) and _digest(tensors) == about["sha256"]
+            return cls(data, tensors) if whole else None
         except (OSError, SafetensorError, *_MALFORMED):
             return None
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """Of all bytes: the proof is on a short text, and angles of later positions are not in it."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def draw(model: Any, kept: Collection[str], context: int) -> Blueprint:
@@ -201,10 +215,12 @@ def rebuild(plan: Blueprint, stored: Stored, *, context: int, cache_dtype: torch
         found.settle()
         expected = plan.tensors["logits"]
         most = float(plan.data["bounds"][str(cache_dtype == torch.float16)])
+        if expected.ndim != 2 or expected.shape[1] != structure.vocabulary or not bool(expected.isfinite().all()):
+            raise UnknownArchitecture("what was kept of it are no logits")
         decoder = Decoder(
             found, write_step(structure, handed, tokens=CHUNK, context=room, cache_dtype=cache_dtype), room
         )
-    except (*_MALFORMED, RuntimeError) as error:
+    except (*_MALFORMED, RuntimeError, AssertionError) as error:
         raise UnknownArchitecture(f"what was kept of it is not as it must be ({error})") from error
     decoder.difference = compare(decoder, expected, LENGTH, most)
     decoder.context = context
@@ -276,6 +292,8 @@ class _Rebuilt:
         bias = None if data["bias"] is None else nn.Parameter(self._float(data["bias"]), requires_grad=False)
         if "layer" in data:
             name = data["layer"]
+            if isinstance(self._embedding, Packed) and name == self._data["embedding"].get("layer"):
+                return TiedLinear(self._embedding, bias)
             packed = PackedLinear(self._stored.layers[name], self._stored.shapes[name], bias=bias, device="meta")
             return self._filled(packed, name)
         weight = self._float(data["weight"])

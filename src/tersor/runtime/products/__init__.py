@@ -7,6 +7,7 @@ codec without one, or a shape that its product does not take, is decoded tile by
 
 from tersor.runtime.products import composed, gguf, leaves, others, vectors
 from tersor.runtime.products.held import HeldProduct, decoded_only, input_bits, multiplied, takes
+from tersor.runtime.products.stored import used_as_stored
 from tersor.runtime.products.table import product_of
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "others",
     "product_of",
     "takes",
+    "used_as_stored",
     "vectors",
 ]
