@@ -44,6 +44,10 @@ def trellis(rows: int, bits: int, draw: torch.Generator) -> Product:
     )
 
 
+def no_steps(draw: torch.Generator) -> Product:
+    return products_composed.total([row_codes(20, 3, 32, draw), row_codes(20, 2, 32, draw)])
+
+
 def all_kinds() -> list[Product]:
     draw = torch.Generator().manual_seed(3)
     codes = torch.randint(256, (30, COLUMNS // 4), generator=draw, dtype=torch.uint8)
@@ -58,7 +62,7 @@ def all_kinds() -> list[Product]:
         trellis(61, 2, draw),  # not a whole number of bytes to a column
         products_composed.rotated(dense, 5),
         dense,
-        products_composed.total([row_codes(20, 3, 32, draw), row_codes(20, 2, 32, draw)]),  # has no steps of its own
+        no_steps(draw),
         products_composed.stacked([row_codes(9, 2, 128, draw), products_composed.rotated(trellis(128, 2, draw), 5)]),
         products_floats.codebook(codes, torch.ones(30, 1).half(), torch.randn(1, 256, 4, generator=draw), COLUMNS),
         products_floats.codebook(codes, torch.ones(30, 1).half(), torch.randn(2, 16, 4, generator=draw), COLUMNS),

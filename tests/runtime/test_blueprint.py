@@ -20,6 +20,7 @@ from tersor.kernels import step
 from tersor.runtime.decoding import Decoder
 from tersor.runtime.decoding.blueprint import Blueprint, draw, rebuild
 from tersor.runtime.packed import Packed, TiedLinear, adopt
+from tersor.runtime.products import held
 from tersor.solvers import Encoder, Nearest
 
 pytestmark = pytest.mark.skipif(not step.available, reason="products were not compiled")
@@ -140,6 +141,7 @@ def _without(*path: Any) -> Callable[[dict[str, Any]], None]:
         lambda data: data["norm"].update(weight="none of these"),
         lambda data: data["embedding"].update(layer=["?"]),
         lambda data: data["layers"][0]["mlp"].update(more=1),
+        lambda data: data.update(norm=None),
     ],
 )
 def test_damaged_data_is_refused(change: Callable[[dict[str, Any]], None], tmp_path: Path) -> None:
@@ -151,6 +153,31 @@ def test_damaged_data_is_refused(change: Callable[[dict[str, Any]], None], tmp_p
         rebuild(plan, weights, context=64, cache_dtype=torch.float32)
 
 
+@pytest.mark.parametrize("logits", ["flat", "wide", "nan", "empty"])
+def test_logits_that_are_none_are_refused(logits: str) -> None:
+    model = build("llama", "int8:row")
+    weights = Weights(model)
+    plan = draw(model, weights.plain, 100)
+    own = plan.tensors["logits"]
+    plan.tensors["logits"] = {
+        "flat": own[0], "wide": torch.cat([own, own], 1), "nan": own * torch.nan, "empty": own[:, :0]
+    }[logits]  # fmt: skip
+    with pytest.raises(UnknownArchitecture, match="no logits"):
+        rebuild(plan, weights, context=64, cache_dtype=torch.float32)
+
+
+def test_a_tied_table_is_one_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama-tied", "ternary:row")
+    weights = Weights(model)
+    plan = draw(model, weights.plain, 100)
+    made = []
+    whole = held.product_of
+    monkeypatch.setattr(held, "product_of", lambda *given: made.append(given[2]) or whole(*given))
+    rebuild(plan, weights, context=64, cache_dtype=torch.float32)
+    table = tuple(model.get_input_embeddings().stored_shape)
+    assert made.count(table) == 1
+
+
 def test_a_damaged_file_counts_as_none(tmp_path: Path) -> None:
     model = build("llama")
     path = tmp_path / "plan.safetensors"
@@ -160,7 +187,12 @@ def test_a_damaged_file_counts_as_none(tmp_path: Path) -> None:
     for content in (b"", whole[:50], whole[:-1], b"\xff" * 100):
         path.write_bytes(content)
         assert Blueprint.load(path) is None
+    changed = bytearray(whole)
+    changed[-5] ^= 1  # of a tensor, which a short text does not see
+    path.write_bytes(changed)
+    assert Blueprint.load(path) is None
     path.write_bytes(whole)
+    assert Blueprint.load(path) is not None
     tensors = load_file(path)
     for metadata in (None, {"blueprint": "{"}, {"else": json.dumps({})}):
         save_file(tensors, path, metadata=metadata)

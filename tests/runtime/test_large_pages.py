@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -55,6 +56,30 @@ def test_small_weights_are_left_where_they_are() -> None:
     where = [module.part(name).data_ptr() for module in found for name in module.part_names]
     assert not large_pages.move(found)
     assert [module.part(name).data_ptr() for module in found for name in module.part_names] == where
+
+
+def test_what_no_product_reads_is_left_where_it_is() -> None:
+    module = PackedLinear(parse("ternary:row"), (8192, 2048))
+    module._buffers.update({name: torch.zeros_like(module.part(name)) for name in module.part_names})
+    assert not large_pages.move([module])
+
+
+def test_a_container_leaves_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("max", "9000000\n"), ("current", "4000000\n")):
+        (tmp_path / name).write_text(value)
+    monkeypatch.setattr(large_pages, "_CONTAINER", ((str(tmp_path / "max"), str(tmp_path / "current")),))
+    assert large_pages._free() == 5_000_000
+    assert large_pages.room(3_000_000) is None
+    (tmp_path / "max").write_text("max\n")
+    assert large_pages._free() > 100_000_000
+
+
+def test_a_refusal_of_the_system_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(large_pages.mmap, "mmap", refuse)
+    assert large_pages.room(large_pages.PAGE) is None
 
 
 @pytest.mark.parametrize("missing", ["memory", "pages", "system"])

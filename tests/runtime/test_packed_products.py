@@ -17,7 +17,7 @@ from tersor.codecs import parse
 from tersor.contracts import Codec, LeafCodec
 from tersor.kernels import products
 from tersor.runtime import products as runtime_products
-from tersor.runtime.packed import Packed, PackedLinear, TiedLinear, adopt
+from tersor.runtime.packed import Packed, PackedEmbedding, PackedLinear, TiedLinear, adopt
 from tersor.runtime.products import decoded_only, input_bits
 from tersor.solvers import Encoder, Nearest
 
@@ -299,3 +299,11 @@ def test_a_model_generates_the_same_tokens_with_and_without() -> None:
         slow = model.generate(ids, **options)
     assert torch.equal(fast, slow)
     assert runtime_products.held._Switch.on
+
+
+@pytest.mark.parametrize("text", ["q4_0", "ternary:row", "bin2:row"])
+def test_a_few_rows_do_not_repack_a_table(text: str) -> None:
+    table = PackedEmbedding(parse(text), (64, 256))
+    table._buffers.update({name: torch.zeros_like(table.part(name)) for name in table.part_names})
+    assert table(torch.tensor([3, 5])).shape == (2, 256)
+    assert table._product._product is None

@@ -117,7 +117,7 @@ class Packed(nn.Module):
         distinct, place = torch.unique(ids, return_inverse=True)
         if len(distinct) and not 0 <= int(distinct[0]) <= int(distinct[-1]) < self.stored_shape[0]:
             raise IndexError(f"ids from {int(distinct[0])} to {int(distinct[-1])} in {self.stored_shape[0]} rows")
-        # Ten times as fast for a few rows. Not by a product that is a copy of all: making it takes longer than decoding.
+        # Ten times as fast for a few rows; but to make a product that is a copy of all takes longer than decoding them.
         product = self.product() if ids.device.type == "cpu" and used_as_stored(self.codec) else None
         read = None if product is None else read_rows(product, distinct)
         if read is not None:
