@@ -12,6 +12,11 @@
 #define TERSOR_512_INLINE TERSOR_512 inline __attribute__((always_inline))
 
 namespace tersor {
+
+// rows_avx512 for inputs of one plane, and of two.
+void rows_avx512_int8(const RowLayout&, const RowInputs&, int64_t first, int64_t last, float* y, int64_t stride);
+void rows_avx512_int16(const RowLayout&, const RowInputs&, int64_t first, int64_t last, float* y, int64_t stride);
+
 namespace {
 
 // Bytes between what is used and what is fetched from memory while there are so many.

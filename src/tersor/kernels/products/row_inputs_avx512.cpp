@@ -116,6 +116,10 @@ TERSOR_512 void inputs_avx512(const RowLayout& layout, RowInputs& inputs) {
     }
 }
 
+void rows_avx512(const RowLayout& layout, const RowInputs& inputs, int64_t first, int64_t last, float* y, int64_t stride) {
+    (inputs.rounded.two_planes ? rows_avx512_int16 : rows_avx512_int8)(layout, inputs, first, last, y, stride);
+}
+
 }  // namespace tersor
 
 #else
@@ -123,6 +127,9 @@ TERSOR_512 void inputs_avx512(const RowLayout& layout, RowInputs& inputs) {
 namespace tersor {
 void plan_avx512(RowLayout&) {}
 void inputs_avx512(const RowLayout&, RowInputs&) {}
+void rows_avx512(const RowLayout& layout, const RowInputs& inputs, int64_t first, int64_t last, float* y, int64_t stride) {
+    rows_portable(layout, inputs, first, last, y, stride);
+}
 }  // namespace tersor
 
 #endif

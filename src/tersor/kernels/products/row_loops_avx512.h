@@ -1,9 +1,9 @@
-// Row codes with 512-bit vectors. Codes of 1, 2, 4 and 8 bits are cut out of 64 bytes by shifts, a slice of every byte at a
-// time, and inputs are laid out to match (RowInputs::high_of); other widths are spread to bytes by a permutation and
-// multishifts. Codes, or the table entries that they name, are multiplied by vpdpbusd.
-#include "row_codes.h"
+// The loops over row codes with 512-bit vectors. Codes of 1, 2, 4 and 8 bits are cut out of 64 bytes by shifts, a slice of
+// every byte at a time, and inputs are laid out to match (RowInputs::high_of); other widths are spread to bytes by a
+// permutation and multishifts. Codes, or the table entries that they name, are multiplied by vpdpbusd. Included where the
+// instructions exist alone, by one file for each precision of inputs, as compilers take long for all of them.
+#pragma once
 
-#if defined(__x86_64__) && defined(__GNUC__)
 #include "row_codes_avx512.h"
 
 namespace tersor {
@@ -301,21 +301,4 @@ TERSOR_512 void slices(const RowLayout& layout, const RowInputs& inputs, int64_t
 }
 
 }  // namespace
-
-TERSOR_512 void rows_avx512(const RowLayout& layout, const RowInputs& inputs, int64_t first, int64_t last, float* y,
-                            int64_t stride) {
-    if (inputs.rounded.two_planes) return slices<true>(layout, inputs, first, last, y, stride);
-    slices<false>(layout, inputs, first, last, y, stride);
-}
-
 }  // namespace tersor
-
-#else
-
-namespace tersor {
-void rows_avx512(const RowLayout& layout, const RowInputs& inputs, int64_t first, int64_t last, float* y, int64_t stride) {
-    rows_portable(layout, inputs, first, last, y, stride);
-}
-}  // namespace tersor
-
-#endif
