@@ -118,7 +118,7 @@ def random_gguf(path: Path, config: LlamaConfig) -> None:
 
 def by_decoder(model: Any, tokens: int, *, int8: bool = False, cache_dtype: torch.dtype = torch.float16) -> Contestant:
     """tersor's compiled step, greedy, with large pages and a cache of float16, as `tersor run` has it."""
-    large_pages.move(module for module in model.modules() if isinstance(module, Packed))
+    large_pages.move(model.modules())
     decoder = Decoder.of(model, context=CONTEXT, cache_dtype=cache_dtype, int8=int8)
 
     def run() -> float:

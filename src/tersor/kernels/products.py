@@ -10,7 +10,7 @@ the specification of all of this.
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -83,14 +83,14 @@ def row_codes(
     elif scale is not None and scale.dtype == torch.bfloat16:
         kind = "bf16"
     return _products.row_codes(  # type: ignore[no-any-return, union-attr]
-        _raw(codes),
+        raw(codes),
         bits,
         columns,
         group or 0,
-        None if scale is None else _raw(scale),
+        None if scale is None else raw(scale),
         kind,
-        None if super_scale is None else _raw(super_scale),
-        None if zero is None else _raw(zero),
+        None if super_scale is None else raw(super_scale),
+        None if zero is None else raw(zero),
         middle,
         None if table is None else table.float().contiguous().numpy(),
     )
@@ -106,7 +106,14 @@ def read(buffer: object, threads: int) -> int:
     return int(_products.read_all(buffer, threads))  # type: ignore[union-attr]
 
 
-def _raw(tensor: Tensor) -> object:
+def raw(tensor: Tensor) -> Any:
     """A stored tensor as NumPy has it; 16-bit floats as their bits."""
     tensor = tensor.detach().contiguous()
     return (tensor.view(torch.uint16) if tensor.dtype in (torch.float16, torch.bfloat16) else tensor).numpy()
+
+
+def compiled() -> Any:
+    """The compiled module. Raises RuntimeError where there is none."""
+    if _products is None:
+        raise RuntimeError("products were not compiled when this package was installed")
+    return _products

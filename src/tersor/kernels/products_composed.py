@@ -7,7 +7,6 @@ lie; only numbers of one a column (signs, factors, lists of columns) are copied.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,19 +14,14 @@ from torch import Tensor
 
 from tersor.kernels.givens import count
 from tersor.kernels.hadamard import cosines, factors, signs
-from tersor.kernels.products import Product
-
-try:
-    from tersor.kernels import _products  # type: ignore[attr-defined]
-except ImportError:
-    _products = None
+from tersor.kernels.products import Product, compiled, raw
 
 _KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def dense(weight: Tensor) -> Product:
     """A weight ``(rows, columns)`` of bfloat16, float16 or float32. Inputs are not rounded; sums are in float32."""
-    return _made().dense(_raw(weight), _KINDS[weight.dtype])  # type: ignore[no-any-return]
+    return compiled().dense(raw(weight), _KINDS[weight.dtype])  # type: ignore[no-any-return]
 
 
 def sparse(values: Tensor, places: Tensor, starts: Tensor, columns: int) -> Product:
@@ -36,7 +30,7 @@ def sparse(values: Tensor, places: Tensor, starts: Tensor, columns: int) -> Prod
     Those of row ``r`` lie from ``starts[r]`` to ``starts[r + 1]``; ``starts (rows + 1,)`` int32. Inputs are not
     rounded. Raises ValueError where starts or places lie outside.
     """
-    return _made().sparse(_raw(values), _raw(places), _raw(starts), columns)  # type: ignore[no-any-return]
+    return compiled().sparse(raw(values), raw(places), raw(starts), columns)  # type: ignore[no-any-return]
 
 
 def rotated(inner: Product, seed: int = 0) -> Product:
@@ -46,7 +40,7 @@ def rotated(inner: Product, seed: int = 0) -> Product:
     size = inner.columns
     odd, _ = factors(size)
     table = np.array(cosines(odd), dtype=np.float64).astype(np.float32)
-    return _made().rotated(inner, np.array(signs(size, seed), dtype=np.float32), table)  # type: ignore[no-any-return]
+    return compiled().rotated(inner, np.array(signs(size, seed), dtype=np.float32), table)  # type: ignore[no-any-return]
 
 
 def turned(inner: Product, angles: Tensor) -> Product:
@@ -56,22 +50,22 @@ def turned(inner: Product, angles: Tensor) -> Product:
     blocks = len(angles)
     if blocks == 0 or inner.columns % blocks or angles.shape[1] != count(inner.columns // blocks):
         raise ValueError(f"angles {tuple(angles.shape)} do not go with {inner.columns} inputs")
-    return _made().turned(inner, _raw(angles))  # type: ignore[no-any-return]
+    return compiled().turned(inner, raw(angles))  # type: ignore[no-any-return]
 
 
 def scaled(inner: Product, factor: Tensor) -> Product:
     """The weight of ``inner`` with its columns multiplied by ``factor (columns,)``: inputs are."""
-    return _made().scaled(inner, _raw(factor.to(torch.float32)))  # type: ignore[no-any-return]
+    return compiled().scaled(inner, raw(factor.to(torch.float32)))  # type: ignore[no-any-return]
 
 
 def stacked(products: Sequence[Product]) -> Product:
     """Weights that lie one below the other, of the same inputs. Raises ValueError for other numbers of columns."""
-    return _made().stacked(list(products))  # type: ignore[no-any-return]
+    return compiled().stacked(list(products))  # type: ignore[no-any-return]
 
 
 def total(products: Sequence[Product]) -> Product:
     """A sum of weights. Raises ValueError for weights of other sizes."""
-    return _made().total(list(products))  # type: ignore[no-any-return]
+    return compiled().total(list(products))  # type: ignore[no-any-return]
 
 
 def side_by_side(products: Sequence[Product], inputs: Sequence[Tensor]) -> Product:
@@ -79,27 +73,15 @@ def side_by_side(products: Sequence[Product], inputs: Sequence[Tensor]) -> Produ
 
     There are as many inputs as numbers in all lists together. Raises ValueError for a number beyond them.
     """
-    lists = [_raw(numbers.to(torch.int32)) for numbers in inputs]
-    return _made().columns(list(products), lists, sum(map(len, lists)))  # type: ignore[no-any-return]
+    lists = [raw(numbers.to(torch.int32)) for numbers in inputs]
+    return compiled().columns(list(products), lists, sum(map(len, lists)))  # type: ignore[no-any-return]
 
 
 def chain(first: Product, second: Product) -> Product:
     """The weight ``second first``: the product of a product. Raises ValueError where sizes do not go together."""
-    return _made().chain(first, second)  # type: ignore[no-any-return]
+    return compiled().chain(first, second)  # type: ignore[no-any-return]
 
 
 def multiplies_bfloat16() -> bool:
     """Whether the processor has instructions for products of bfloat16, which torch then uses."""
-    return bool(_made().multiplies_bfloat16())
-
-
-def _made() -> Any:
-    if _products is None:
-        raise RuntimeError("products were not compiled when this package was installed")
-    return _products
-
-
-def _raw(tensor: Tensor) -> Any:
-    """A tensor as NumPy has it; 16-bit floats as their bits."""
-    tensor = tensor.detach().contiguous()
-    return (tensor.view(torch.uint16) if tensor.dtype in (torch.float16, torch.bfloat16) else tensor).numpy()
+    return bool(compiled().multiplies_bfloat16())

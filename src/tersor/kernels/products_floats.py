@@ -8,17 +8,11 @@ specification in plain torch, :mod:`tersor.kernels.reference_floats`, or names t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from tersor.kernels.products import Product
-
-try:
-    from tersor.kernels import _products  # type: ignore[attr-defined]
-except ImportError:
-    _products = None
+from tersor.kernels.products import Product, compiled, raw
 
 
 def codebook(codes: Tensor, scale: Tensor, book: Tensor, columns: int) -> Product:
@@ -29,7 +23,7 @@ def codebook(codes: Tensor, scale: Tensor, book: Tensor, columns: int) -> Produc
     of up to 16,384 entries, a power of two, of 1 to 16 columns; kept as float32. Raises ValueError for what does not
     fit together.
     """
-    return _made().codebook(_raw(codes), _raw(scale.flatten()), _raw(book.float()), columns)  # type: ignore[no-any-return]
+    return compiled().codebook(raw(codes), raw(scale.flatten()), raw(book.float()), columns)  # type: ignore[no-any-return]
 
 
 def e8p(codes: Tensor, scale: Tensor, patterns: Tensor, columns: int) -> Product:
@@ -39,7 +33,7 @@ def e8p(codes: Tensor, scale: Tensor, patterns: Tensor, columns: int) -> Product
     8 bits), signs of the first seven columns, and whether all are moved by −¼ instead of ¼. ``codes (rows,
     columns / 4)`` uint8, ``scale (rows, 1)`` float16. Raises ValueError for what does not fit together.
     """
-    return _made().e8p(_raw(codes), _raw(scale.flatten()), _raw(patterns.to(torch.uint8)), columns)  # type: ignore[no-any-return]
+    return compiled().e8p(raw(codes), raw(scale.flatten()), raw(patterns.to(torch.uint8)), columns)  # type: ignore[no-any-return]
 
 
 def gguf(blocks: Tensor, name: str, columns: int, points: Tensor | None = None) -> Product:
@@ -49,8 +43,8 @@ def gguf(blocks: Tensor, name: str, columns: int, points: Tensor | None = None) 
     :mod:`tersor.codecs.gguf_grids` read of the bytes. Raises ValueError for an unknown type and sizes that it has not.
     """
     if points is None:
-        return _made().gguf(_raw(blocks), name, columns)  # type: ignore[no-any-return]
-    return _made().gguf_grid(_raw(blocks), name, _raw(points), columns)  # type: ignore[no-any-return]
+        return compiled().gguf(raw(blocks), name, columns)  # type: ignore[no-any-return]
+    return compiled().gguf_grid(raw(blocks), name, raw(points), columns)  # type: ignore[no-any-return]
 
 
 def grid(codes: Tensor, scale: Tensor, zero: Tensor, *, bits: int, columns: int, tile: int = 1) -> Product:
@@ -61,14 +55,14 @@ def grid(codes: Tensor, scale: Tensor, zero: Tensor, *, bits: int, columns: int,
     does not fit together.
     """
     width = columns // max(scale.shape[1], 1)
-    return _made().grid(_raw(codes), bits, columns, tile, width, _raw(scale.float()), _raw(zero.float()))  # type: ignore[no-any-return]
+    return compiled().grid(raw(codes), bits, columns, tile, width, raw(scale.float()), raw(zero.float()))  # type: ignore[no-any-return]
 
 
 def kept(weight: Tensor) -> Product:
     """A weight of bfloat16 or float16, for :func:`spread`: by itself, :func:`tersor.kernels.products_composed.dense` is
     faster.
     """
-    return _made().kept(_raw(weight), weight.dtype == torch.float16)  # type: ignore[no-any-return]
+    return compiled().kept(raw(weight), weight.dtype == torch.float16)  # type: ignore[no-any-return]
 
 
 def spread(patterns: Tensor, subsets: Tensor, group: int, inner: Product) -> Product:
@@ -78,7 +72,7 @@ def spread(patterns: Tensor, subsets: Tensor, group: int, inner: Product) -> Pro
     ``subsets (2^bits, kept)``: the columns of a group that are kept, ascending. Raises ValueError for what does not fit
     together.
     """
-    return _made().spread(_raw(patterns), _raw(subsets.to(torch.uint8)), group, inner)  # type: ignore[no-any-return]
+    return compiled().spread(raw(patterns), raw(subsets.to(torch.uint8)), group, inner)  # type: ignore[no-any-return]
 
 
 def magnitudes(signs: Sequence[Tensor], left: Sequence[Tensor], right: Sequence[Tensor]) -> Product:
@@ -87,8 +81,8 @@ def magnitudes(signs: Sequence[Tensor], left: Sequence[Tensor], right: Sequence[
     Of each stage ``signs``: ``(rows, ceil(columns / 8))`` uint8, 1 for plus; ``left (rows, rank)``, ``right (rank,
     columns)``, kept as float32. Raises ValueError for what does not fit together.
     """
-    factors = ([_raw(factor.float()) for factor in each] for each in (left, right))
-    return _made().magnitudes([_raw(each) for each in signs], *factors)  # type: ignore[no-any-return]
+    factors = ([raw(factor.float()) for factor in each] for each in (left, right))
+    return compiled().magnitudes([raw(each) for each in signs], *factors)  # type: ignore[no-any-return]
 
 
 def pyramid(codes: Tensor, gains: Tensor, scale: Tensor, *, bits: int, dim: int, middle: int) -> Product:
@@ -98,16 +92,4 @@ def pyramid(codes: Tensor, gains: Tensor, scale: Tensor, *, bits: int, dim: int,
     ``gains (rows, vectors)`` uint8. ``scale (rows, 1)`` float16. A vector of zeros is none. Raises ValueError for what
     does not fit together.
     """
-    return _made().pyramid(_raw(codes), bits, _raw(gains), _raw(scale.flatten()), dim, float(middle))  # type: ignore[no-any-return]
-
-
-def _made() -> Any:
-    if _products is None:
-        raise RuntimeError("products were not compiled when this package was installed")
-    return _products
-
-
-def _raw(tensor: Tensor) -> Any:
-    """A tensor as NumPy has it; 16-bit floats as their bits."""
-    tensor = tensor.detach().contiguous()
-    return (tensor.view(torch.uint16) if tensor.dtype in (torch.float16, torch.bfloat16) else tensor).numpy()
+    return compiled().pyramid(raw(codes), bits, raw(gains), raw(scale.flatten()), dim, float(middle))  # type: ignore[no-any-return]

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tersor.runtime.packed import Packed
 from tersor.runtime.products import used_as_stored
@@ -29,15 +29,18 @@ _CONTAINER = (
 """What a container may take of memory, and has taken: of both versions of control groups."""
 
 
-def move(modules: Iterable[Packed]) -> bool:
-    """Copy the stored tensors of packed modules on the processor into large pages, in place; whether that was done.
+def move(modules: Iterable[nn.Module]) -> bool:
+    """Copy the stored tensors of the packed ones of ``modules``, on the processor, into large pages, in place; whether
+    that was done.
 
     Only those that products multiply by where they lie. It is not done where the system has no such pages to give,
     where the weights are less than one of them, or where half of the memory that is free would not hold them.
     """
     held: dict[object, list[tuple[Packed, str]]] = {}
     for module in modules:
-        for name in module.part_names if used_as_stored(module.codec) else ():
+        if not isinstance(module, Packed) or not used_as_stored(module.codec):
+            continue
+        for name in module.part_names:
             part = module.part(name)
             if part.device.type == "cpu":
                 held.setdefault((part.data_ptr(), part.dtype, part.shape), []).append((module, name))

@@ -17,7 +17,6 @@ from transformers.utils import logging
 from tersor.errors import BadInput, UnknownArchitecture
 from tersor.runtime import large_pages
 from tersor.runtime.decoding import Decoder
-from tersor.runtime.packed import Packed
 from tersor.stages.context import Progress
 from tersor.stages.foreign import refuse_foreign_code
 from tersor.stages.opened import open_whole
@@ -152,7 +151,7 @@ def _context(model: Any, asked: int | None) -> int:
 
 
 def _decoder(model: Any, context: int) -> tuple[Decoder | None, str | None]:
-    large_pages.move(module for module in model.modules() if isinstance(module, Packed))
+    large_pages.move(model.modules())
     try:
         return Decoder.of(model, context=context, cache_dtype=torch.float16), None
     except UnknownArchitecture as error:

@@ -18,7 +18,6 @@ from tersor.runtime import large_pages
 from tersor.runtime.decoding import Chooser, Decoder, write_on
 from tersor.runtime.decoding.blueprint import Blueprint, draw, rebuild
 from tersor.runtime.memory import give_back
-from tersor.runtime.packed import Packed
 from tersor.stages import known
 from tersor.stages.foreign import refuse_foreign_code
 from tersor.stages.opened import open_whole
@@ -128,7 +127,7 @@ class Session:
                 self.decoder = rebuild(self.blueprint, self.artifact, context=context, cache_dtype=cache_dtype)
                 return
             self.blueprint = None  # its file is about to be replaced
-        large_pages.move(module for module in self.model.modules() if isinstance(module, Packed))
+        large_pages.move(self.model.modules())
         try:
             self.decoder = Decoder.of(self.model, context=context, cache_dtype=cache_dtype)
         except UnknownArchitecture as error:

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "bind.h"
+#include "half.h"
 #include "pool.h"
 #include "together.h"
 
@@ -21,22 +22,11 @@ namespace {
 
 enum class Kind { bf16, fp16, fp32 };
 
-float from_bits(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-
-// Moving the exponent's bias is a multiplication, which also sets subnormals right. Infinities become 65536.
-float from_half(uint16_t half) {
-    return from_bits((half & 0x8000u) << 16 | (half & 0x7fffu) << 13) * from_bits(0x77800000u);  // 2^112
-}
-
 template <Kind kind>
 float value(const uint8_t* row, int64_t c) {
     if (kind == Kind::fp32) return reinterpret_cast<const float*>(row)[c];
     const uint16_t bits = reinterpret_cast<const uint16_t*>(row)[c];
-    return kind == Kind::bf16 ? from_bits(static_cast<uint32_t>(bits) << 16) : from_half(bits);
+    return kind == Kind::bf16 ? float_of_bits(static_cast<uint32_t>(bits) << 16) : float_of_half(bits);
 }
 
 // A stretch of rows and all tokens: y[t * stride + r] for the weight's rows `rows[0]` to `rows[count - 1]`.
@@ -188,7 +178,13 @@ class Dense final : public Product {
     ReadyPtr ready(const float* x, int64_t tokens, const Options&) const override {
         return std::make_shared<PlainInputs>(x, tokens);
     }
-    std::unique_ptr<Job> begin(ReadyPtr inputs, float* y, int64_t stride, const Options&) const override;
+    std::unique_ptr<Job> begin(ReadyPtr inputs, float* y, int64_t stride, const Options&) const override {
+        // Few rows at a time where there are many tokens: they are read again for every four of those.
+        const int64_t each = std::clamp<int64_t>((1 << 17) / std::max<int64_t>(row_bytes(), 1) / 8 * 8, 8, 64);
+        return job_over_rows(rows, each, [this, inputs = std::move(inputs), y, stride](int64_t first, int64_t last) {
+            multiply(first, last, static_cast<const PlainInputs&>(*inputs), y, stride);
+        });
+    }
     bool read_row(int64_t row, float* to) const override {
         const uint8_t* from = static_cast<const uint8_t*>(weight_.data()) + row * row_bytes();
         for (int64_t c = 0; c < columns; ++c) {
@@ -199,50 +195,20 @@ class Dense final : public Product {
         return true;
     }
 
-    void rows_from(int64_t first, int64_t count, const PlainInputs& inputs, float* y, int64_t stride) const {
+  private:
+    void multiply(int64_t first, int64_t last, const PlainInputs& inputs, float* y, int64_t stride) const {
         const Span span{static_cast<const uint8_t*>(weight_.data()) + first * row_bytes(), row_bytes(), columns,
-                        std::min(rows - first, count), inputs.x, inputs.tokens, y + first, stride};
+                        last - first, inputs.x, inputs.tokens, y + first, stride};
         if (kind_ == Kind::bf16) one_span<Kind::bf16>(span);
         if (kind_ == Kind::fp16) one_span<Kind::fp16>(span);
         if (kind_ == Kind::fp32) one_span<Kind::fp32>(span);
     }
 
-    // Few rows at a time where there are many tokens: they are read again for every four of those.
-    int64_t rows_of_part() const {
-        return std::clamp<int64_t>((1 << 17) / std::max<int64_t>(row_bytes(), 1) / 8 * 8, 8, 64);
-    }
-
-  private:
     int64_t row_bytes() const { return columns * (kind_ == Kind::fp32 ? 4 : 2); }
 
     Array weight_;  // (rows, columns)
     Kind kind_;
 };
-
-class DenseJob final : public Job {
-  public:
-    DenseJob(const Dense& weight, ReadyPtr inputs, float* y, int64_t stride)
-        : Job((weight.rows + weight.rows_of_part() - 1) / weight.rows_of_part()),
-          weight_(weight),
-          inputs_(std::move(inputs)),
-          y_(y),
-          stride_(stride) {}
-
-    void run(int64_t part) const override {
-        const int64_t each = weight_.rows_of_part();
-        weight_.rows_from(part * each, each, static_cast<const PlainInputs&>(*inputs_), y_, stride_);
-    }
-
-  private:
-    const Dense& weight_;
-    const ReadyPtr inputs_;
-    float* const y_;
-    const int64_t stride_;
-};
-
-std::unique_ptr<Job> Dense::begin(ReadyPtr inputs, float* y, int64_t stride, const Options&) const {
-    return std::make_unique<DenseJob>(*this, std::move(inputs), y, stride);
-}
 
 ProductPtr dense(Array weight, const std::string& name) {
     require(name == "bf16" || name == "fp16" || name == "fp32", "weights are bf16, fp16 or fp32, not " + name);
@@ -264,8 +230,8 @@ float row_portable(const Entries& entries, int64_t r, const float* x) {
     int64_t i = entries.starts[r];
     const int64_t end = entries.starts[r + 1];
     for (; i + 8 <= end; i += 8)
-        for (int l = 0; l < 8; ++l) lane[l] += from_half(entries.values[i + l]) * x[entries.columns[i + l]];
-    for (int l = 0; i < end; ++i, ++l) lane[l] += from_half(entries.values[i]) * x[entries.columns[i]];
+        for (int l = 0; l < 8; ++l) lane[l] += float_of_half(entries.values[i + l]) * x[entries.columns[i + l]];
+    for (int l = 0; i < end; ++i, ++l) lane[l] += float_of_half(entries.values[i]) * x[entries.columns[i]];
     for (int half = 4; half > 0; half /= 2)
         for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
     return lane[0];

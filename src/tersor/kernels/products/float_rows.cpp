@@ -146,8 +146,13 @@ class FloatRows final : public Product {
     ReadyPtr ready(const float* x, int64_t tokens, const Options&) const override {
         return std::make_shared<PaddedInputs>(x, tokens, *decoder_);
     }
-    std::unique_ptr<Job> begin(ReadyPtr inputs, float* y, int64_t stride, const Options&) const override;
-
+    std::unique_ptr<Job> begin(ReadyPtr inputs, float* y, int64_t stride, const Options&) const override {
+        const int64_t each = std::clamp<int64_t>((1 << 17) / columns / ROWS * ROWS, 2 * ROWS, 16 * ROWS);
+        return job_over_rows(rows, each, [this, inputs = std::move(inputs), y, stride](int64_t first, int64_t last) {
+            for (int64_t row = first; row < last; row += ROWS)
+                multiply(row, std::min(ROWS, last - row), static_cast<const PaddedInputs&>(*inputs), y, stride);
+        });
+    }
     bool read_row(int64_t row, float* to) const override {
         const int64_t unit = decoder_->unit, real = decoder_->real;
         alignas(64) float weights[ROOM];
@@ -160,10 +165,10 @@ class FloatRows final : public Product {
         return true;
     }
 
-    int64_t rows_of_part() const { return std::clamp<int64_t>((1 << 17) / columns / ROWS * ROWS, 2 * ROWS, 16 * ROWS); }
     const DecoderPtr& decoder() const { return decoder_; }
 
-    void rows_from(int64_t row, int64_t count, const PaddedInputs& inputs, float* y, int64_t stride) const {
+  private:
+    void multiply(int64_t row, int64_t count, const PaddedInputs& inputs, float* y, int64_t stride) const {
         const Isa level = isa();
         const Dots dots = dots_for(level);
         const int64_t columns = decoder_->columns;
@@ -187,7 +192,6 @@ class FloatRows final : public Product {
         }
     }
 
-  private:
     void give(int64_t row, int64_t count, int64_t tokens, const float* lanes, float* y, int64_t stride) const {
         for (int64_t t = 0; t < tokens; ++t)
             for (int64_t r = 0; r < count; ++r)
@@ -208,32 +212,6 @@ class FloatRows final : public Product {
     DecoderPtr decoder_;
     int64_t stretch_;
 };
-
-class FloatRowsJob final : public Job {
-  public:
-    FloatRowsJob(const FloatRows& weight, ReadyPtr inputs, float* y, int64_t stride)
-        : Job((weight.rows + weight.rows_of_part() - 1) / weight.rows_of_part()),
-          weight_(weight),
-          inputs_(std::move(inputs)),
-          y_(y),
-          stride_(stride) {}
-
-    void run(int64_t part) const override {
-        const int64_t each = weight_.rows_of_part(), end = std::min((part + 1) * each, weight_.rows);
-        for (int64_t row = part * each; row < end; row += ROWS)
-            weight_.rows_from(row, std::min(ROWS, end - row), static_cast<const PaddedInputs&>(*inputs_), y_, stride_);
-    }
-
-  private:
-    const FloatRows& weight_;
-    const ReadyPtr inputs_;
-    float* const y_;
-    const int64_t stride_;
-};
-
-std::unique_ptr<Job> FloatRows::begin(ReadyPtr inputs, float* y, int64_t stride, const Options&) const {
-    return std::make_unique<FloatRowsJob>(*this, std::move(inputs), y, stride);
-}
 
 }  // namespace
 

@@ -6,13 +6,9 @@
 #include <cstring>
 #include <memory>
 
+#include "half.h"
 #include "product.h"
 
-#if defined(__GNUC__)
-#define TERSOR_INLINE __attribute__((always_inline)) inline
-#else
-#define TERSOR_INLINE inline
-#endif
 #if defined(__x86_64__) && defined(__GNUC__)
 #define TERSOR_X86_ROWS 1
 #define TERSOR_ROWS_512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi,bmi2")))
@@ -87,17 +83,6 @@ ProductPtr float_rows(DecoderPtr decoder);
 
 // The decoder of a product of this kind; null for others.
 DecoderPtr decoder_of(const Product& product);
-
-TERSOR_INLINE float float_of_bits(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-
-// Moving the exponent's bias is a multiplication, which also sets subnormals right. Infinities become 65536.
-TERSOR_INLINE float float_of_half(uint16_t half) {
-    return float_of_bits((half & 0x8000u) << 16 | (half & 0x7fffu) << 13) * float_of_bits(0x77800000u);  // 2^112
-}
 
 // Of a little-endian stream, eight bytes from `at` on; zeros where it ends.
 TERSOR_INLINE uint64_t word_at(const uint8_t* at, const uint8_t* end) {

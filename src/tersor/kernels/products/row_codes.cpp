@@ -8,6 +8,7 @@
 #include "bind.h"
 #include "pool.h"
 #include "clones.h"
+#include "half.h"
 #include "together.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -17,23 +18,12 @@
 namespace tersor {
 namespace {
 
-float from_bits(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-
-// float16 without infinities: moving the exponent's bias is a multiplication, which also sets subnormals right.
-float from_half(uint16_t half) {
-    return from_bits((half & 0x8000u) << 16 | (half & 0x7fffu) << 13) * from_bits(0x77800000u);  // 2^112
-}
-
 TERSOR_CLONES void expand_half(const uint16_t* from, int64_t n, float* to) {
-    for (int64_t i = 0; i < n; ++i) to[i] = from_half(from[i]);
+    for (int64_t i = 0; i < n; ++i) to[i] = float_of_half(from[i]);
 }
 
 TERSOR_CLONES void expand_brain(const uint16_t* from, int64_t n, float* to) {
-    for (int64_t i = 0; i < n; ++i) to[i] = from_bits(static_cast<uint32_t>(from[i]) << 16);
+    for (int64_t i = 0; i < n; ++i) to[i] = float_of_bits(static_cast<uint32_t>(from[i]) << 16);
 }
 
 TERSOR_CLONES void expand_bytes(const uint8_t* from, int64_t n, float factor, float* to) {
@@ -72,7 +62,7 @@ void RowScales::expand(const RowLayout& layout, int64_t row) {
     if (layout.scale == nullptr) {
         std::fill_n(scale.begin(), n, 1.0f);
     } else if (layout.kind == ScaleKind::s8) {
-        expand_bytes(static_cast<const uint8_t*>(layout.scale) + row * n, n, from_half(layout.super[row]), scale.data());
+        expand_bytes(static_cast<const uint8_t*>(layout.scale) + row * n, n, float_of_half(layout.super[row]), scale.data());
     } else {
         const uint16_t* from = static_cast<const uint16_t*>(layout.scale) + row * n;
         layout.kind == ScaleKind::fp16 ? expand_half(from, n, scale.data()) : expand_brain(from, n, scale.data());
@@ -258,30 +248,6 @@ int64_t rows_of_part(const RowLayout& layout, int64_t tokens, const Options& opt
     return std::max<int64_t>((std::min(std::max(share, least), kept) + 7) / 8 * 8, 8);
 }
 
-class RowJob final : public Job {
-  public:
-    RowJob(const RowLayout& layout, ReadyPtr ready, float* y, int64_t stride, int64_t part)
-        : Job((layout.rows + part - 1) / part),
-          layout_(layout),
-          ready_(std::move(ready)),
-          loop_(isa() == Isa::avx512 ? rows_avx512 : isa() == Isa::avx2 ? rows_avx2 : rows_portable),
-          y_(y),
-          stride_(stride),
-          part_(part) {}
-
-    void run(int64_t part) const override {
-        const int64_t first = part * part_, last = std::min(layout_.rows, first + part_);
-        loop_(layout_, static_cast<const RowReady&>(*ready_).inputs, first, last, y_, stride_);
-    }
-
-  private:
-    const RowLayout& layout_;
-    const ReadyPtr ready_;
-    const RowLoop loop_;
-    float* const y_;
-    const int64_t stride_, part_;
-};
-
 class RowCodes final : public Product {
   public:
     RowCodes(RowLayout layout, Stored stored)
@@ -299,8 +265,12 @@ class RowCodes final : public Product {
         return std::make_shared<RowReady>(x, tokens, layout_, options);
     }
     std::unique_ptr<Job> begin(ReadyPtr ready, float* y, int64_t stride, const Options& options) const override {
-        const int64_t tokens = static_cast<const RowReady&>(*ready).rounded.tokens;
-        return std::make_unique<RowJob>(layout_, std::move(ready), y, stride, rows_of_part(layout_, tokens, options));
+        const RowLoop loop = isa() == Isa::avx512 ? rows_avx512 : isa() == Isa::avx2 ? rows_avx2 : rows_portable;
+        const auto& inputs = static_cast<const RowReady&>(*ready).inputs;
+        const int64_t each = rows_of_part(layout_, inputs.rounded.tokens, options);
+        return job_over_rows(rows, each, [this, loop, ready = std::move(ready), &inputs, y, stride](int64_t first, int64_t last) {
+            loop(layout_, inputs, first, last, y, stride);
+        });
     }
     bool read_row(int64_t row, float* to) const override {
         if (layout_.table_planes == 2) return false;  // such tables are rounded for products

@@ -2,12 +2,31 @@
 // parts are handed to the threads together.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <memory>
+#include <utility>
 #include <vector>
 
 #include "product.h"
 
 namespace tersor {
+
+// A job that calls f(first, last) for rows [0, rows), `each` at a time.
+template <typename F>
+class RowsJob final : public Job {
+  public:
+    RowsJob(int64_t rows, int64_t each, F f) : Job((rows + each - 1) / each), rows_(rows), each_(each), f_(std::move(f)) {}
+    void run(int64_t part) const override { f_(part * each_, std::min(rows_, (part + 1) * each_)); }
+
+  private:
+    const int64_t rows_, each_;
+    const F f_;
+};
+template <typename F>
+std::unique_ptr<Job> job_over_rows(int64_t rows, int64_t each, F f) {
+    return std::make_unique<RowsJob<F>>(rows, each, std::move(f));
+}
 
 struct Output {
     float* y;
