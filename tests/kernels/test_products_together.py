@@ -41,6 +41,7 @@ def trellis(rows: int, bits: int, draw: torch.Generator) -> Product:
         (torch.rand(scale.shape, generator=draw) + 0.1).half(),
         TrellisCode(bits, 10, masks, integers, unit / 4096),
         tile=Trellis(bits, 10).tile(rows),
+        columns=COLUMNS,
     )
 
 

@@ -59,9 +59,8 @@ def test_equals_the_specification_to_the_bit(bits: int, window: int) -> None:
             wanted = products_trellis.product(**stored, code=code, x=x, tile=tile, bits=rounded)
             for level in LEVELS:
                 products._products.limit_isa(level)
-                for laid_out in (False, True):
-                    made = products_trellis.trellis(**stored, code=code, tile=tile, laid_out=laid_out)
-                    assert torch.equal(products.multiply(made, x, bits=rounded), wanted), (level, rows, laid_out)
+                made = products_trellis.trellis(**stored, code=code, tile=tile, columns=columns)
+                assert torch.equal(products.multiply(made, x, bits=rounded), wanted), (level, rows)
 
 
 @given(
@@ -70,20 +69,20 @@ def test_equals_the_specification_to_the_bit(bits: int, window: int) -> None:
     st.integers(1, 300),
     st.integers(1, 64),
     st.integers(1, 32),
-    st.booleans(),
     st.sampled_from(LEVELS),
 )
 @settings(max_examples=40, deadline=None)
 def test_any_shape_and_any_tile(
-    known: tuple[int, int], rows: int, columns: int, tokens: int, eighth: int, laid_out: bool, level: str
+    known: tuple[int, int], rows: int, columns: int, tokens: int, eighth: int, level: str
 ) -> None:
     code, tile = _code(*known), 8 * eighth
     draw = torch.Generator().manual_seed(rows)
-    codes = torch.randint(256, (-(-rows // tile), columns, tile * code.bits // 8), generator=draw, dtype=torch.uint8)
+    stored = (-(-rows // tile), -(-columns // 4), tile * code.bits // 8, 4)
+    codes = torch.randint(256, stored, generator=draw, dtype=torch.uint8)
     scale = torch.rand(rows, 1, generator=draw).half()
     x = _inputs(columns, tokens, columns)
     products._products.limit_isa(level)
-    made = products_trellis.trellis(codes, scale, code, tile=tile, laid_out=laid_out)
+    made = products_trellis.trellis(codes, scale, code, tile=tile, columns=columns)
     assert torch.equal(products.multiply(made, x), products_trellis.product(codes, scale, code, x, tile=tile))
 
 
@@ -94,20 +93,19 @@ def test_unit_vectors_give_the_decoded_weight(bits: int, window: int, level: str
     stored = _tensors(0, bits, window, 300, 40)
     decoded = codec.decode_rows(stored, (300, 40), slice(None))
     products._products.limit_isa(level)
-    made = products_trellis.trellis(**stored, code=_code(bits, window), tile=codec.tile(300))
+    made = products_trellis.trellis(**stored, code=_code(bits, window), tile=codec.tile(300), columns=40)
     found = products.multiply(made, torch.eye(40)).T
     assert torch.allclose(found, decoded, rtol=1e-6, atol=0)
-    assert torch.allclose(
-        products_trellis.weight(**stored, code=_code(bits, window), tile=codec.tile(300)), decoded, rtol=1e-6, atol=0
-    )
+    weight = products_trellis.weight(**stored, code=_code(bits, window), tile=codec.tile(300), columns=40)
+    assert torch.allclose(weight, decoded, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("laid_out", [False, True])
-def test_threads_and_company_change_nothing(laid_out: bool) -> None:
+def test_threads_and_company_change_nothing() -> None:
     # Two tiles and many columns: those are shared out as well. More columns than may be summed up in 32 bits.
     for rows, columns in ((512, 5000), (8, 33000)):
         stored = _tensors(1, 2, 12, rows, columns)
-        made = products_trellis.trellis(**stored, code=_code(2, 12), tile=Trellis(2, 12).tile(rows), laid_out=laid_out)
+        tile = Trellis(2, 12).tile(rows)
+        made = products_trellis.trellis(**stored, code=_code(2, 12), tile=tile, columns=columns)
         x = _inputs(2, 5, columns)
         threads = torch.get_num_threads()
         try:
@@ -123,13 +121,13 @@ def test_threads_and_company_change_nothing(laid_out: bool) -> None:
 
 def test_the_extremes_of_inputs_and_tables_do_not_overflow() -> None:
     code = TrellisCode(2, 8, (1, 2, 4, 8, 16), (-128, 127) * 16, 1.0)
-    codes = torch.zeros(1, 40000, 64, dtype=torch.uint8)
+    codes = torch.zeros(1, 10000, 64, 4, dtype=torch.uint8)
     scale = torch.ones(256, 1).half()
     x = torch.full((1, 40000), -3.0)
     wanted = products_trellis.product(codes, scale, code, x, tile=256)
     for level in LEVELS:
         products._products.limit_isa(level)
-        made = products_trellis.trellis(codes, scale, code, tile=256)
+        made = products_trellis.trellis(codes, scale, code, tile=256, columns=40000)
         assert torch.equal(products.multiply(made, x), wanted)
 
 
@@ -137,7 +135,7 @@ def test_the_extremes_of_inputs_and_tables_do_not_overflow() -> None:
 def test_zeros_and_what_is_not_finite(level: str) -> None:
     stored = _tensors(3, 4, 10, 64, 64)
     products._products.limit_isa(level)
-    made = products_trellis.trellis(**stored, code=_code(4, 10), tile=64)
+    made = products_trellis.trellis(**stored, code=_code(4, 10), tile=64, columns=64)
     x = _inputs(0, 4, 64)
     alone = products.multiply(made, x[1:2])
     x[0], x[2, 5], x[3, 5] = 0.0, torch.inf, torch.nan
@@ -151,7 +149,9 @@ def test_codes_are_kept_alive() -> None:
     stored = _tensors(4, 2, 12, 512, 512)
     x = _inputs(0, 1, 512)
     wanted = products_trellis.product(**stored, code=_code(2, 12), x=x, tile=256)
-    made = products_trellis.trellis(stored["codes"].clone(), stored["scale"].clone(), _code(2, 12), tile=256)
+    copies = (stored["codes"].clone(), stored["scale"].clone())
+    made = products_trellis.trellis(*copies, _code(2, 12), tile=256, columns=512)
+    del copies
     gc.collect()
     others = [torch.full_like(stored["codes"], 255) for _ in range(4)]
     assert torch.equal(products.multiply(made, x), wanted)
@@ -162,8 +162,10 @@ def test_refuses_what_does_not_fit() -> None:
     stored, code = _tensors(5, 2, 12, 64, 32), _code(2, 12)
     masks, _, integers = TABLES[2, 12]
     for codes, tile, given_code, said in (
-        (stored["codes"][:, :, :-1], 64, code, "bytes a column"),
-        (stored["codes"], 32, code, "2 tiles of 8 bytes"),
+        (stored["codes"][:, :, :-1], 64, code, "not 1 of 8 of 15 by 4"),
+        (stored["codes"][:, :-1], 64, code, "32 columns are 1 tiles of 8 groups"),
+        (stored["codes"][..., :-1], 64, code, "by 4 bytes, not 1 of 8 of 16 by 3"),
+        (stored["codes"], 32, code, "2 tiles of 8 groups of 8 by 4"),
         (stored["codes"], 257, code, "1 to 256 rows"),
         (stored["codes"], 64, TrellisCode(5, 12, masks, integers, 1.0), "1 to 4 bits"),
         (stored["codes"], 64, TrellisCode(2, 17, masks, integers, 1.0), "8 to 16 bits"),
@@ -171,8 +173,8 @@ def test_refuses_what_does_not_fit() -> None:
         (stored["codes"], 64, TrellisCode(2, 12, (*masks[:-1], 1 << 12), integers, 1.0), "beyond the window"),
     ):
         with pytest.raises(ValueError, match=said):
-            products_trellis.trellis(codes, stored["scale"], given_code, tile=tile)
-    made = products_trellis.trellis(**stored, code=code, tile=64)
+            products_trellis.trellis(codes, stored["scale"], given_code, tile=tile, columns=32)
+    made = products_trellis.trellis(**stored, code=code, tile=64, columns=32)
     with pytest.raises(ValueError, match="33 columns, the weight 32"):
         products.multiply(made, torch.zeros(1, 33))
 
@@ -181,8 +183,8 @@ def test_refuses_what_does_not_fit() -> None:
 def test_tiles_whose_rings_fill_no_bytes(level: str) -> None:
     code, tile, rows = _code(1, 8), 10, 18
     draw = torch.Generator().manual_seed(3)
-    codes = torch.randint(256, (2, 12, 2), generator=draw, dtype=torch.uint8)
+    codes = torch.randint(256, (2, 3, 2, 4), generator=draw, dtype=torch.uint8)
     scale, x = torch.rand(rows, 1, generator=draw).half(), _inputs(4, 3, 12)
     products._products.limit_isa(level)
-    made = products_trellis.trellis(codes, scale, code, tile=tile)
+    made = products_trellis.trellis(codes, scale, code, tile=tile, columns=12)
     assert torch.equal(products.multiply(made, x), products_trellis.product(codes, scale, code, x, tile=tile))

@@ -194,7 +194,8 @@ def parts(text: str, rows: int, columns: int) -> dict[str, tuple[str, tuple[int,
     """Part name to (dtype, shape) for a weight ``(rows, columns)``. Raises ValueError for what cannot be."""
     bits, _ = read(text)
     tile = tile_of(rows)
-    return {"codes": ("U8", (-(-rows // tile), columns, -(-tile * bits // 8))), "scale": ("F16", (rows, 1))}
+    width = -(-tile * bits // 24) * 3 if bits == 3 else -(-tile * bits // 8)
+    return {"codes": ("U8", (-(-rows // tile), -(-columns // 4), width, 4)), "scale": ("F16", (rows, 1))}
 
 
 def read(text: str) -> tuple[int, int]:
@@ -230,13 +231,18 @@ def values_of(bits: int, window: int) -> Array:
 def decode(text: str, arrays: Mapping[str, Array], rows: int, columns: int) -> Array:
     """The float32 weight ``(rows, columns)``.
 
-    >>> arrays = {"codes": np.zeros((1, 1, 4), np.uint8), "scale": np.ones((16, 1), np.float16)}
+    >>> arrays = {"codes": np.zeros((1, 1, 4, 4), np.uint8), "scale": np.ones((16, 1), np.float16)}
     >>> decode("trellis2:L12", arrays, 16, 1).shape     # all windows are 0, and so have the first value
     (16, 1)
     """
     bits, window = read(text)
     tile = tile_of(rows)
-    stream = np.unpackbits(arrays["codes"], axis=2, bitorder="little")[:, :, : tile * bits]
+    stored = arrays["codes"]
+    # Four columns lie side by side; at 3 bits the bytes of 8 rows lie a third of the width apart.
+    thirds = 3 if bits == 3 else 1
+    apart = stored.reshape(*stored.shape[:2], thirds, -1, 4).transpose(0, 1, 4, 3, 2)
+    bytes_of = apart.reshape(len(stored), -1, stored.shape[2])[:, :columns]
+    stream = np.unpackbits(bytes_of, axis=2, bitorder="little")[:, :, : tile * bits]
     fields = stream.reshape(*stream.shape[:2], tile, bits).astype(np.int32)
     codes = (fields << np.arange(bits, dtype=np.int32)).sum(3, dtype=np.int32)
     values = np.empty((rows, columns), np.float32)

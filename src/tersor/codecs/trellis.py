@@ -30,7 +30,7 @@ from tersor.codecs.text import Words, reads
 from tersor.codecs.trellis_tables import TABLES
 from tersor.contracts import Encoded, Gram, LeafCodec, Part, Shape, Side
 from tersor.errors import BadInput
-from tersor.kernels.reference_trellis import states, window_map
+from tersor.kernels.reference_trellis import columns_apart, interleave, states, unit_bytes, window_map
 from tersor.kernels.trellis import trellis_in_order, trellis_search
 
 TILE = 256
@@ -80,8 +80,9 @@ class Trellis(LeafCodec):
 
     def parts(self, shape: Shape) -> tuple[Part, ...]:
         rows, columns = shape
-        tile = self.tile(rows)
-        codes = Part("codes", torch.uint8, (-(-rows // tile), columns, packed_width(tile, self.bits_per_code)))
+        tile, size = self.tile(rows), unit_bytes(self.bits_per_code)
+        width = -(-packed_width(tile, self.bits_per_code) // size) * size
+        codes = Part("codes", torch.uint8, (-(-rows // tile), -(-columns // 4), width, 4))
         return (codes, Part("scale", torch.float16, (rows, 1)))
 
     def prepare(self, weight: Tensor, importance: Tensor | None = None) -> Side:
@@ -137,32 +138,40 @@ class Trellis(LeafCodec):
         rows, columns = encoded.codes.shape
         tile = self.tile(rows)
         padded = torch.nn.functional.pad(encoded.codes, (0, 0, 0, -rows % tile)).reshape(-1, tile, columns)
-        stream = pack(padded.transpose(1, 2).reshape(-1, tile), self.bits_per_code)
-        return {"codes": stream.reshape(len(padded), columns, -1), "scale": encoded.side["scale"].to(torch.float16)}
+        streams = pack(padded.transpose(1, 2).reshape(-1, tile), self.bits_per_code).reshape(len(padded), columns, -1)
+        codes = interleave(streams, self.bits_per_code)
+        return {"codes": codes, "scale": encoded.side["scale"].to(torch.float16)}
 
     def unpack(self, tensors: Mapping[str, Tensor], shape: Shape) -> Encoded:
-        tile = self.tile(shape[0])
-        stream = tensors["codes"]
-        codes = unpack(stream.flatten(0, 1), self.bits_per_code, tile).view(*stream.shape[:2], tile)
+        tile, bits = self.tile(shape[0]), self.bits_per_code
+        streams = columns_apart(tensors["codes"], bits, shape[1], packed_width(tile, bits))
+        codes = unpack(streams.flatten(0, 1), bits, tile).view(*streams.shape[:2], tile)
         codes = codes.transpose(1, 2).reshape(-1, shape[1])[: shape[0]]
         return Encoded(codes.contiguous(), {"scale": tensors["scale"].to(torch.float32)})
 
     def decode_rows(self, tensors: Mapping[str, Tensor], shape: Shape, rows: slice | Tensor) -> Tensor:
-        stream = tensors["codes"]
-        number = torch.arange(shape[0], device=stream.device)[rows]
+        stored = tensors["codes"]
+        number = torch.arange(shape[0], device=stored.device)[rows]
         tile = self.tile(shape[0])
         which, place = number // tile, number % tile
         length = (shape[0] - which * tile).clamp(max=tile)
-        bits, width = self.bits_per_code, stream.shape[2]
-        state = torch.zeros(len(number), shape[1], dtype=torch.int32, device=stream.device)
+        bits, width = self.bits_per_code, stored.shape[2]
+        size = unit_bytes(bits)
+
+        def byte_at(byte: Tensor) -> Tensor:
+            """Bytes ``byte (n,)`` of the streams of tiles ``which (n,)``: ``(n, in)``."""
+            place = byte % size * (width // size) + byte // size
+            return stored[which, :, place].flatten(1)[:, : shape[1]].to(torch.int32)
+
+        state = torch.zeros(len(number), shape[1], dtype=torch.int32, device=stored.device)
         for age in range(-(-self.window // bits)):
             start = (place - age) % length * bits
             byte, shift = start // 8, (start % 8)[:, None].to(torch.int32)
-            code = stream[which, :, byte].to(torch.int32) >> shift
+            code = byte_at(byte) >> shift
             if 8 % bits:  # a code may go on in the next byte
-                code |= stream[which, :, (byte + 1).clamp(max=width - 1)].to(torch.int32) << (8 - shift)
+                code |= byte_at((byte + 1).clamp(max=width - 1)) << (8 - shift)
             state |= (code & (2**bits - 1)) << (bits * age)
-        table = table_of(bits, self.window).to(stream.device)
+        table = table_of(bits, self.window).to(stored.device)
         return table[(state & (2**self.window - 1)).long()] * tensors["scale"][number].to(torch.float32)
 
     def unscaled(self, codes: Tensor) -> Tensor:

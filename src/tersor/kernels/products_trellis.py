@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tersor.kernels.products import Product
 from tersor.kernels.reference_products import STEPS
-from tersor.kernels.reference_trellis import states, window_map
+from tersor.kernels.reference_trellis import columns_apart, states, window_map
 
 try:
     from tersor.kernels import _products  # type: ignore[attr-defined]
@@ -38,42 +38,41 @@ class TrellisCode:
     unit: float
 
 
-def trellis(codes: Tensor, scale: Tensor, code: TrellisCode, *, tile: int, laid_out: bool = False) -> Product:
+def trellis(codes: Tensor, scale: Tensor, code: TrellisCode, *, tile: int, columns: int) -> Product:
     """The weight ``(rows, columns)`` that :func:`weight` decodes, as a product.
 
-    ``codes``: ``(ceil(rows / tile), columns, ceil(tile · bits / 8))`` uint8: the streams of tiles of ``tile`` rows (at
-    most 256), columns apart. ``scale``: ``(rows, 1)`` float16. Codes are used where they lie, and kept alive.
-
-    ``laid_out`` copies them, at the start, into an order that AVX-512 multiplies by a fifth faster; elsewhere it does
-    nothing. The stored ones are then read no more, but for a last tile whose rows fill no byte. Of full tiles the copy
-    is 6, 3, 6 and 2 % larger than the codes, at 1 to 4 bits. Raises ValueError for what does not fit together.
+    ``codes``: ``(ceil(rows / tile), ceil(columns / 4), width, 4)`` uint8, as
+    :func:`tersor.kernels.reference_trellis.interleave` has them: the streams of tiles of ``tile`` rows (at most 256).
+    ``scale``: ``(rows, 1)`` float16. Codes are used where they lie, and kept alive. Raises ValueError for what does not
+    fit together.
     """
     return _products.trellis(  # type: ignore[no-any-return, union-attr]
         codes.detach().contiguous().numpy(),
         scale.detach().float().flatten().contiguous().numpy(),
         tile,
+        columns,
         code.bits,
         code.window,
         np.array(code.masks, np.int32),
         np.array(code.integers, np.int8),
         code.unit,
-        laid_out,
     )
 
 
-def integers(codes: Tensor, code: TrellisCode, *, tile: int, rows: int) -> Tensor:
+def integers(codes: Tensor, code: TrellisCode, *, tile: int, rows: int, columns: int) -> Tensor:
     """The integers ``(rows, columns)`` int64 of a weight, before unit and scale."""
     shifts = torch.arange(8)
-    streams = (codes[..., None].long() >> shifts & 1).flatten(2)[..., : tile * code.bits]
-    number = (streams.reshape(*codes.shape[:2], tile, code.bits) << torch.arange(code.bits)).sum(3)
-    number = number.transpose(1, 2).reshape(-1, codes.shape[1])[:rows]
+    apart = columns_apart(codes, code.bits, columns, codes.shape[2])
+    streams = (apart[..., None].long() >> shifts & 1).flatten(2)[..., : tile * code.bits]
+    number = (streams.reshape(*apart.shape[:2], tile, code.bits) << torch.arange(code.bits)).sum(3)
+    number = number.transpose(1, 2).reshape(-1, columns)[:rows]
     state = states(number.to(torch.int32), code.bits, code.window, tile).long()
     return torch.tensor(code.integers)[window_map(code.masks, code.window)][state]
 
 
-def weight(codes: Tensor, scale: Tensor, code: TrellisCode, *, tile: int) -> Tensor:
+def weight(codes: Tensor, scale: Tensor, code: TrellisCode, *, tile: int, columns: int) -> Tensor:
     """The weight ``(rows, columns)`` float32."""
-    return integers(codes, code, tile=tile, rows=len(scale)).float() * code.unit * scale.float()
+    return integers(codes, code, tile=tile, rows=len(scale), columns=columns).float() * code.unit * scale.float()
 
 
 def product(codes: Tensor, scale: Tensor, code: TrellisCode, x: Tensor, *, tile: int, bits: int = 16) -> Tensor:
@@ -81,5 +80,6 @@ def product(codes: Tensor, scale: Tensor, code: TrellisCode, x: Tensor, *, tile:
     most = x.abs().amax(1, keepdim=True)
     # Divided, not multiplied by a reciprocal as `number / tensor` would be.
     inverse = torch.where(most > 0, torch.full_like(most, STEPS[bits]) / most, torch.zeros_like(most))
-    total = torch.round(x * inverse).double() @ integers(codes, code, tile=tile, rows=len(scale)).double().T
+    number = integers(codes, code, tile=tile, rows=len(scale), columns=x.shape[1])
+    total = torch.round(x * inverse).double() @ number.double().T
     return (total * ((most / STEPS[bits]).double() * code.unit * scale.double().T)).float()

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "row_codes.h"
+#include "vnni.h"
 
 #define TERSOR_512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni,avx512dq,f16c,fma")))
 #define TERSOR_512_INLINE TERSOR_512 inline __attribute__((always_inline))
@@ -39,21 +40,27 @@ TERSOR_512_INLINE Cut cut_of(const RowLayout& layout) {
 
 TERSOR_512_INLINE __mmask64 first_bytes(int64_t count) { return count >= 64 ? ~0ULL : (1ULL << count) - 1; }
 
-// 64 or 256 entries of a table, one plane.
-template <bool Wide>
+// 64 or 256 entries of a table, one plane. `Pairs`: two codes to a byte, of which each slice takes its own entry.
+template <bool Wide, bool Pairs>
 struct Table {
-    __m512i part[Wide ? 4 : 1];
+    __m512i part[Wide ? 4 : Pairs ? 2 : 1];
 
     TERSOR_512_INLINE void load(const uint8_t* entries) {
         for (int i = 0; i < (Wide ? 4 : 1); ++i) part[i] = _mm512_loadu_si512(entries + 64 * i);
+        if constexpr (Pairs) {
+            alignas(64) uint8_t second[64];
+            for (int i = 0; i < 64; ++i) second[i] = static_cast<uint8_t>(i >> PAIRED);
+            part[1] = _mm512_permutexvar_epi8(_mm512_load_si512(second), part[0]);
+        }
     }
+    template <int Slice>
     TERSOR_512_INLINE __m512i at(__m512i codes) const {
         if constexpr (Wide) {
             const __m512i first = _mm512_permutex2var_epi8(part[0], codes, part[1]);
             const __m512i second = _mm512_permutex2var_epi8(part[2], codes, part[3]);
             return _mm512_mask_blend_epi8(_mm512_movepi8_mask(codes), first, second);
         } else {
-            return _mm512_permutexvar_epi8(codes, part[0]);
+            return _mm512_permutexvar_epi8(codes, part[Pairs ? Slice : 0]);
         }
     }
 };
@@ -67,7 +74,8 @@ struct Kind {
     static constexpr int64_t Columns = 64 * Slices_;  // of a step
     // Integer sums of a row and token, by the weight of their bytes: 1, 256 and 65536.
     static constexpr int Sums = std::max(Planes_, 1) + Two_;
-    using Tables = Table<Wide_>[2][Rows_];
+    static constexpr bool Pairs = Spread_ && Slices_ == 2 && Planes_ > 0;
+    using Tables = Table<Wide_, Pairs>[2][Rows_];
     using Integers = __m512i[Rows_][Tokens_][std::max(Planes_, 1) + Two_];
     using Floats = __m512[Rows_][Tokens_];
 };
@@ -115,7 +123,7 @@ TERSOR_512_INLINE __m512 small_total(const __m512i (&sum)[K::Sums]) {
 // Slice `Slice` of a step's bytes. Where codes only name entries of a table, bits above them may be anything.
 template <class K, int Slice>
 TERSOR_512_INLINE __m512i codes_of(__m512i bytes, const Cut& cut) {
-    if constexpr (Slice > 0) bytes = _mm512_srli_epi16(bytes, Slice * (K::Spread ? PAIRED : 8 / K::Slices));
+    if constexpr (Slice > 0 && !K::Pairs) bytes = _mm512_srli_epi16(bytes, Slice * (K::Spread ? PAIRED : 8 / K::Slices));
     if constexpr (K::Planes > 0 || (K::Slices == 1 && !K::Spread)) return bytes;
     return _mm512_and_si512(bytes, cut.mask);
 }
@@ -129,24 +137,23 @@ TERSOR_512_INLINE void slice(const Call<K>& call, const __m512i (&bytes)[K::Rows
         const __m512i xl = K::Two ? _mm512_loadu_si512(call.low[t] + x) : xh;
         for (int r = 0; r < K::Rows; ++r) {
             const __m512i codes = codes_of<K, Slice>(bytes[r], call.cut);
-            const __m512i low = K::Planes > 0 ? table[0][r].at(codes) : codes;
+            const __m512i low = K::Planes > 0 ? table[0][r].template at<Slice>(codes) : codes;
             __m512i(&s)[K::Sums] = sum[r][t];
-            s[0] = _mm512_dpbusd_epi32(s[0], low, xl);
-            if constexpr (K::Two) s[1] = _mm512_dpbusd_epi32(s[1], low, xh);
+            s[0] = plus_products(s[0], low, xl);
+            if constexpr (K::Two) s[1] = plus_products(s[1], low, xh);
             if constexpr (K::Planes == 2) {
-                const __m512i high = table[1][r].at(codes);
-                s[1] = _mm512_dpbusd_epi32(s[1], high, xl);
-                if constexpr (K::Two) s[2] = _mm512_dpbusd_epi32(s[2], high, xh);
+                const __m512i high = table[1][r].template at<Slice>(codes);
+                s[1] = plus_products(s[1], high, xl);
+                if constexpr (K::Two) s[2] = plus_products(s[2], high, xh);
             }
         }
     }
     if constexpr (Slice + 1 < K::Slices) slice<K, Slice + 1>(call, bytes, table, x + 64, sum);
 }
 
+// The codes of a step, as they are stored or spread.
 template <class K>
-TERSOR_512_INLINE void step(const Call<K>& call, const uint8_t* codes, const typename K::Tables& table, int64_t s,
-                            typename K::Integers& sum) {
-    __m512i bytes[K::Rows];
+TERSOR_512_INLINE void fetch_codes(const Call<K>& call, const uint8_t* codes, int64_t s, __m512i (&bytes)[K::Rows]) {
     if (s < call.plain) {  // masked fetches are several times as slow
         for (int r = 0; r < K::Rows; ++r) bytes[r] = _mm512_loadu_si512(codes + r * call.layout.row_bytes);
     } else {
@@ -164,6 +171,13 @@ TERSOR_512_INLINE void step(const Call<K>& call, const uint8_t* codes, const typ
             bytes[r] = _mm512_multishift_epi64_epi8(call.cut.shift, lanes);
         }
     }
+}
+
+template <class K>
+TERSOR_512_INLINE void step(const Call<K>& call, const uint8_t* codes, const typename K::Tables& table, int64_t s,
+                            typename K::Integers& sum) {
+    __m512i bytes[K::Rows];
+    fetch_codes<K>(call, codes, s, bytes);
     slice<K, 0>(call, bytes, table, K::Columns * s, sum);
 }
 

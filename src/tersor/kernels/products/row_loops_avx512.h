@@ -83,7 +83,19 @@ TERSOR_512_INLINE void one_group(const Call<K>& call, int64_t row, const typenam
     const uint8_t* codes = call.layout.codes + row * call.layout.row_bytes;
     typename K::Integers sum;
     clear<K>(sum);
-    for (int64_t s = 0; s < call.steps; ++s, codes += call.cut.bytes) step<K>(call, codes, table, s, sum);
+    if constexpr (K::Spread) {
+        // A step ahead, as spreading takes long.
+        __m512i bytes[K::Rows], next[K::Rows];
+        fetch_codes<K>(call, codes, 0, next);
+        for (int64_t s = 0; s < call.steps; ++s) {
+            for (int r = 0; r < K::Rows; ++r) bytes[r] = next[r];
+            if (s + 1 < call.steps) codes += call.cut.bytes;
+            fetch_codes<K>(call, codes, std::min(s + 1, call.steps - 1), next);
+            slice<K, 0>(call, bytes, table, K::Columns * s, sum);
+        }
+    } else {
+        for (int64_t s = 0; s < call.steps; ++s, codes += call.cut.bytes) step<K>(call, codes, table, s, sum);
+    }
     for (int r = 0; r < K::Rows; ++r) {
         const __m512 first = scales_at(call.layout, row + r, 1);
         const __m512 scale = _mm512_broadcastss_ps(_mm512_castps512_ps128(first));
@@ -164,6 +176,12 @@ TERSOR_512_INLINE void add_lanes(const __m512* lanes, float* sums) {
                                          _mm512_castpd_ps(_mm512_unpackhi_pd(ad, bd)));
         const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
         _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+    } else if constexpr (Count == 2) {
+        const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(lanes[0], lanes[1]), _mm512_unpackhi_ps(lanes[0], lanes[1]));
+        const __m512 b = _mm512_add_ps(a, _mm512_shuffle_f32x4(a, a, 0x4e));
+        const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(b), _mm256_permute2f128_ps(_mm512_castps512_ps256(b), _mm512_castps512_ps256(b), 1));
+        const __m128 all = _mm256_castps256_ps128(half);
+        _mm_storel_pi(reinterpret_cast<__m64*>(sums), _mm_add_ps(all, _mm_movehl_ps(all, all)));
     } else {
         static_assert(Count == 1);
         const __m512 pair = _mm512_add_ps(_mm512_unpacklo_ps(lanes[0], lanes[0]), _mm512_unpackhi_ps(lanes[0], lanes[0]));
@@ -264,8 +282,8 @@ TERSOR_512 void loop(const RowLayout& layout, const RowInputs& inputs, int64_t f
 template <int Slices, bool Spread, int Planes, bool Wide, bool Two>
 TERSOR_512 void tokens(const RowLayout& layout, const RowInputs& inputs, int64_t first, int64_t last, float* y,
                        int64_t stride) {
-    // Several rows at a time, so that what is fetched of the inputs serves all of them.
-    constexpr int ROWS = Wide ? 1 : 4;
+    // Several rows at a time, so that what is fetched of the inputs serves all of them; as many as registers hold.
+    constexpr int ROWS = Wide ? 1 : Spread && Slices == 2 && Planes == 2 ? 2 : 4;
     int64_t t = 0;
     for (; t + 4 <= inputs.rounded.tokens; t += 4)
         loop<Kind<Slices, Spread, Planes, Wide, Two, 1, 4>>(layout, inputs, first, last, t, y, stride);

@@ -29,8 +29,6 @@ TERSOR_256_INLINE __m128i load_16(const uint8_t* from) {
     return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
 }
 
-TERSOR_256_INLINE void store_16(uint8_t* to, __m128i v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(to), v); }
-
 TERSOR_256_INLINE __m256i load_32(const void* from) {
     return _mm256_loadu_si256(static_cast<const __m256i*>(from));
 }
@@ -39,34 +37,13 @@ TERSOR_256_INLINE __m256i table_of(const void* from) {
     return _mm256_broadcastsi128_si256(_mm_load_si128(static_cast<const __m128i*>(from)));
 }
 
-// 16 bytes of four columns to 16 words.
-TERSOR_256_INLINE void interleave(const uint8_t* from, int64_t stride, uint8_t* to) {
-    const __m128i a = load_16(from), b = load_16(from + stride);
-    const __m128i c = load_16(from + 2 * stride), d = load_16(from + 3 * stride);
-    const __m128i ab = _mm_unpacklo_epi8(a, b), cd = _mm_unpacklo_epi8(c, d);
-    store_16(to, _mm_unpacklo_epi16(ab, cd));
-    store_16(to + 16, _mm_unpackhi_epi16(ab, cd));
-    const __m128i ab2 = _mm_unpackhi_epi8(a, b), cd2 = _mm_unpackhi_epi8(c, d);
-    store_16(to + 32, _mm_unpacklo_epi16(ab2, cd2));
-    store_16(to + 48, _mm_unpackhi_epi16(ab2, cd2));
-}
-
-// Four columns' streams to a ring; see `word`.
+// The rings of four columns.
 template <int Bits>
-TERSOR_256_INLINE void lay_out(const uint8_t* from, int64_t stride, int units, uint8_t* ring) {
-    constexpr int J = unit_bytes(Bits);
-    for (int u = 0; u < units; u += BLOCK) {
-        if constexpr (J == 1) {
-            interleave(from + u, stride, ring + word(Bits, 0, u));
-        } else {
-            uint8_t words[3 * 64];
-            for (int q = 0; q < 3; ++q) interleave(from + u * J + 16 * q, stride, words + 64 * q);
-            for (int k = 0; k < BLOCK * J; ++k) std::memcpy(ring + word(Bits, k % J, u + k / J), words + 4 * k, 4);
-        }
-    }
-    for (int j = 0; j < J; ++j) {
-        std::memcpy(ring + word(Bits, j, -1), ring + word(Bits, j, units - 1), 4);
-        std::memcpy(ring + word(Bits, j, -2), ring + word(Bits, j, units > 1 ? units - 2 : 0), 4);
+void copy_ring(const uint8_t* from, int64_t plane, int units, uint8_t* ring) {
+    for (int j = 0; j < unit_bytes(Bits); ++j, from += plane) {
+        std::memcpy(ring + word(Bits, j, 0), from, 4 * units);
+        std::memcpy(ring + word(Bits, j, -1), from + 4 * (units - 1), 4);
+        std::memcpy(ring + word(Bits, j, -2), from + 4 * (units > 1 ? units - 2 : 0), 4);
     }
 }
 
@@ -158,19 +135,14 @@ TERSOR_256 void multiply(const uint8_t* values, int64_t step, int groups, const 
 template <int Bits, int Window>
 TERSOR_256 void loop(const Code& code, const Tile& tile, int64_t first, int64_t last, const Inputs& inputs,
                      int64_t* sums) {
-    constexpr int R = unit_rows(Bits), J = unit_bytes(Bits);
+    constexpr int R = unit_rows(Bits);
     alignas(64) uint8_t rings[CHUNK / 4 * ring_size(Bits)];
     alignas(64) uint8_t values[CHUNK / 4 * R * 64];
-    alignas(64) uint8_t spare[4 * SPARE];
     const int units = tile.rows / R, blocks = (units + BLOCK - 1) / BLOCK;
     for (int64_t c = first; c < last; c += CHUNK) {
         const int groups = static_cast<int>((std::min<int64_t>(CHUNK, last - c) + 3) / 4);
-        for (int g = 0; g < groups; ++g) {
-            const bool here = in_place(tile, c + 4 * g, last, 1, units * J, blocks * BLOCK * J);
-            const uint8_t* from = here ? tile.codes + (c + 4 * g) * tile.stride
-                                       : copy_columns(tile, c + 4 * g, last, units * J, spare);
-            lay_out<Bits>(from, here ? tile.stride : SPARE, units, rings + g * ring_size(Bits));
-        }
+        for (int g = 0; g < groups; ++g)
+            copy_ring<Bits>(tile.codes + (c / 4 + g) * tile.step, tile.plane, units, rings + g * ring_size(Bits));
         const int16_t* x[TOKENS];
         for (int t = 0; t < inputs.tokens; ++t) x[t] = inputs.joined + (inputs.first + t) * inputs.planes->width + c;
         for (int b = 0; b < blocks; ++b) {

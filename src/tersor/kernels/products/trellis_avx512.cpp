@@ -1,6 +1,7 @@
-// Trellis codes with 512-bit vectors: 64 weights, 16 rows of 4 columns, take two or three vgf2p8affineqb, the exclusive
-// ors between them, a permutation as the table, and a vpdpbusd for each plane of the inputs.
+// Trellis codes with 512-bit vectors: 64 weights, 16 rows of 4 columns, take one or two vgf2p8affineqb, a permutation as
+// the table, and a vpdpbusd for each plane of the inputs. The first and the last run on the same units, the bound.
 #include "trellis_product.h"
+#include "vnni.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
@@ -26,61 +27,13 @@ TERSOR_512_INLINE int32_t load_word(const void* from) {
     return word;
 }
 
-TERSOR_512_INLINE __m128i load_16(const uint8_t* from) {
-    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-}
-
-TERSOR_512_INLINE __m256i load_32(const uint8_t* from) {
-    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-}
-
-// Where the bytes of a block come from: streams as they are stored, of which the first block takes its ring's end into
-// account, or interleaved ones.
-enum class Source { stored_first, stored, laid_out };
-
-// The block of four columns.
+// The block of four columns: whether it is the first one of its rings, whose units before the first are the last ones.
 struct Streams {
-    const uint8_t* from;  // stored: its first byte; laid out: the words before it
+    const uint8_t* from;  // the words of its first 16 units
     int64_t step;         // from one group of columns to the next
-    int64_t stride;       // stored: from one column to the next; laid out: from one byte of units to the next
-    int64_t tail;         // stored_first: from the first byte to the last 16 of the ring
+    int64_t plane;        // from one byte of units to the next
+    int64_t last;         // of the first block: to the words of its rings' last 16 units
 };
-
-// The streams from 16 bytes before a block on. One and two bytes a vector: 32 bytes of one column, and of the next;
-// three bytes: 64 bytes of each.
-template <int Bits, Source From>
-TERSOR_512_INLINE __m512i columns_of(const Streams& s, int i) {
-    if constexpr (unit_bytes(Bits) == 1) {
-        const uint8_t *one = s.from + 2 * i * s.stride, *two = one + s.stride;
-        if constexpr (From == Source::stored_first) {
-            __m512i v = _mm512_castsi128_si512(load_16(one + s.tail));
-            v = _mm512_mask_broadcast_i32x4(v, 0x00f0, load_16(one));
-            v = _mm512_mask_broadcast_i32x4(v, 0x0f00, load_16(two + s.tail));
-            return _mm512_mask_broadcast_i32x4(v, 0xf000, load_16(two));
-        }
-        return _mm512_mask_broadcast_i64x4(_mm512_castsi256_si512(load_32(one - 16)), 0xf0, load_32(two - 16));
-    } else {
-        const uint8_t* one = s.from + i * s.stride;
-        if constexpr (From == Source::stored_first)
-            return _mm512_mask_loadu_epi32(_mm512_broadcast_i32x4(load_16(one + s.tail)), 0xfff0, one - 16);
-        return _mm512_loadu_si512(one - 16);
-    }
-}
-
-// How one byte of 16 units, of four columns, comes out of those vectors: word u is byte `byte` of unit u, counted from
-// its first.
-struct Order {
-    alignas(64) uint8_t from[64];
-
-    constexpr Order(int unit, int byte) : from{} {
-        for (int i = 0; i < 64; ++i) {
-            const int column = i % 4, place = 16 + i / 4 * unit + byte;
-            from[i] = static_cast<uint8_t>(unit == 1 ? column * 32 + place : column % 2 * 64 + place);
-        }
-    }
-};
-template <int Bits, int Byte>
-constexpr Order ORDER{unit_bytes(Bits), Byte};
 
 // Bytes `first` and up of 16 units, of four columns.
 template <int Bits, int Window>
@@ -88,33 +41,19 @@ struct Bytes {
     static constexpr int first = first_byte(Bits, Window, 0), count = unit_bytes(Bits) - first;
     __m512i at[count];
 
-    template <Source From>
+    template <bool First>
     TERSOR_512_INLINE void load(const Streams& s) {
-        if constexpr (From == Source::laid_out) {
 #pragma GCC unroll 5
-            for (int k = 0; k < count; ++k) {
-                const int unit = floor_div(first + k, unit_bytes(Bits)), j = first + k - unit * unit_bytes(Bits);
-                at[k] = _mm512_loadu_si512(s.from + j * s.stride + 8 + 4 * unit);
+        for (int k = 0; k < count; ++k) {
+            const int unit = floor_div(first + k, unit_bytes(Bits)), j = first + k - unit * unit_bytes(Bits);
+            const uint8_t* words = s.from + j * s.plane;
+            if (!First || unit == 0) {
+                at[k] = _mm512_loadu_si512(words + 4 * unit);
+            } else {
+                const __m512i here = _mm512_loadu_si512(words), last = _mm512_loadu_si512(words + s.last);
+                at[k] = unit == -1 ? _mm512_alignr_epi32(here, last, 15) : _mm512_alignr_epi32(here, last, 14);
             }
-        } else {
-            constexpr int N = unit_bytes(Bits) == 1 ? 2 : 4;
-            __m512i columns[N];
-#pragma GCC unroll 4
-            for (int i = 0; i < N; ++i) columns[i] = columns_of<Bits, From>(s, i);
-            at[0] = pick<first>(columns);
-            at[1] = pick<first + 1>(columns);
-            if constexpr (count > 2) at[2] = pick<first + 2>(columns);
-            if constexpr (count > 3) at[3] = pick<first + 3>(columns);
-            if constexpr (count > 4) at[4] = pick<first + 4>(columns);
         }
-    }
-
-    template <int Byte>
-    static TERSOR_512_INLINE __m512i pick(const __m512i* columns) {
-        const __m512i order = _mm512_load_si512(ORDER<Bits, Byte>.from);
-        const __m512i v = _mm512_permutex2var_epi8(columns[0], order, columns[1]);
-        if constexpr (unit_bytes(Bits) == 1) return v;
-        return _mm512_mask_blend_epi16(0xaaaaaaaa, v, _mm512_permutex2var_epi8(columns[2], order, columns[3]));
     }
 };
 
@@ -141,26 +80,25 @@ struct Table {
     }
 };
 
+TERSOR_512_INLINE __m512i mapped(__m512i bytes, uint64_t matrix) {
+    return _mm512_gf2p8affine_epi64_epi8(bytes, _mm512_set1_epi64(static_cast<int64_t>(matrix)), 0);
+}
+
 // Values of row I of 16 units, of four columns. The maps are read from memory each time: in registers there would be no
 // room for sums.
 template <int Bits, int Window, int I>
 TERSOR_512_INLINE __m512i decode(const Bytes<Bits, Window>& bytes, const uint64_t (*matrix)[TERMS],
                                  const Table<Bits>& table) {
-    constexpr int first = first_byte(Bits, Window, I), count = last_byte(Bits, I) - first + 1;
-    static_assert(count <= TERMS, "a window reaches into more bytes than there are maps");
-    __m512i share[count];
-#pragma GCC unroll 3
-    for (int k = 0; k < count; ++k)
-        share[k] = _mm512_gf2p8affine_epi64_epi8(bytes.at[first - bytes.first + k],
-                                                 _mm512_set1_epi64(static_cast<int64_t>(matrix[I][k])), 0);
-    if constexpr (count == 1) return table.at(share[0]);
-    if constexpr (count == 2) return table.at(_mm512_xor_si512(share[0], share[1]));
-    if constexpr (count == 3) return table.at(_mm512_ternarylogic_epi64(share[0], share[1], share[2], 0x96));
-}
-
-// sums += products of bytes, four at a time. Not the intrinsic: of that GCC 12 makes two more moves in a loop.
-TERSOR_512_INLINE void add_products_of(__m512i& sums, __m512i values, __m512i x) {
-    asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(values), "v"(x));
+    constexpr int first = first_byte(Bits, Window, I), last = last_byte(Bits, I), oldest = first - bytes.first;
+    __m512i outer = bytes.at[oldest];
+    if constexpr (joined(Bits, Window, I)) {
+        const __m512i newest = _mm512_set1_epi8(static_cast<char>((2 << last_bit(Bits, I) % 8) - 1));
+        outer = _mm512_ternarylogic_epi64(newest, bytes.at[last - bytes.first], outer, 0xca);
+    }
+    const __m512i share = mapped(outer, matrix[I][0]);
+    static_assert(terms(Bits, Window, I) <= TERMS, "a window has more terms than there are maps");
+    if constexpr (terms(Bits, Window, I) == 1) return table.at(share);
+    return table.at(_mm512_xor_si512(share, mapped(bytes.at[oldest + 1], matrix[I][1])));
 }
 
 template <int Rows, int Planes, int Tokens>
@@ -188,7 +126,7 @@ struct Sums {
         for (int t = 0; t < Tokens; ++t)
 #pragma GCC unroll 2
             for (int p = 0; p < Planes; ++p)
-                add_products_of(at[t][p][i], values, _mm512_set1_epi32(load_word(x[t][p] + column)));
+                at[t][p][i] = plus_products(at[t][p][i], values, _mm512_set1_epi32(load_word(x[t][p] + column)));
     }
 };
 
@@ -211,7 +149,7 @@ struct Block {
 };
 
 // A block times `Tokens` tokens.
-template <int Bits, int Window, int Planes, int Tokens, Source From>
+template <int Bits, int Window, int Planes, int Tokens, bool First>
 TERSOR_512 void fused(Block block, const Code& code, const int8_t* const (*inputs)[2], int32_t* sums) {
     constexpr int R = unit_rows(Bits);
     const Table<Bits> table(code);
@@ -221,34 +159,28 @@ TERSOR_512 void fused(Block block, const Code& code, const int8_t* const (*input
         for (int p = 0; p < Planes; ++p) x[t][p] = inputs[t][p];
     Sums<R, Planes, Tokens> all(sums);
     Bytes<Bits, Window> bytes;
-    // Stored streams take long to come: a group ahead.
-    constexpr bool early = From != Source::laid_out;
-    if constexpr (early) bytes.template load<From>(block.streams);
-    for (int g = 0; g < block.groups; ++g) {
+    for (int g = 0; g < block.groups; ++g, block.streams.from += block.streams.step) {
         block.fetch<Bits>();
         asm("" : "+r"(matrix));
-        if constexpr (!early) bytes.template load<From>(block.streams);
-        const Bytes<Bits, Window> now = bytes;
-        if (g + 1 < block.groups) block.streams.from += block.streams.step;
-        if constexpr (early) bytes.template load<From>(block.streams);
-        all.add(0, decode<Bits, Window, 0>(now, matrix, table), x, 4 * g);
-        all.add(1, decode<Bits, Window, 1>(now, matrix, table), x, 4 * g);
+        bytes.template load<First>(block.streams);
+        all.add(0, decode<Bits, Window, 0>(bytes, matrix, table), x, 4 * g);
+        all.add(1, decode<Bits, Window, 1>(bytes, matrix, table), x, 4 * g);
         if constexpr (R > 2) {
-            all.add(2, decode<Bits, Window, 2>(now, matrix, table), x, 4 * g);
-            all.add(3, decode<Bits, Window, 3>(now, matrix, table), x, 4 * g);
+            all.add(2, decode<Bits, Window, 2>(bytes, matrix, table), x, 4 * g);
+            all.add(3, decode<Bits, Window, 3>(bytes, matrix, table), x, 4 * g);
         }
         if constexpr (R > 4) {
-            all.add(4, decode<Bits, Window, 4>(now, matrix, table), x, 4 * g);
-            all.add(5, decode<Bits, Window, 5>(now, matrix, table), x, 4 * g);
-            all.add(6, decode<Bits, Window, 6>(now, matrix, table), x, 4 * g);
-            all.add(7, decode<Bits, Window, 7>(now, matrix, table), x, 4 * g);
+            all.add(4, decode<Bits, Window, 4>(bytes, matrix, table), x, 4 * g);
+            all.add(5, decode<Bits, Window, 5>(bytes, matrix, table), x, 4 * g);
+            all.add(6, decode<Bits, Window, 6>(bytes, matrix, table), x, 4 * g);
+            all.add(7, decode<Bits, Window, 7>(bytes, matrix, table), x, 4 * g);
         }
     }
     all.store(sums);
 }
 
 // For more tokens: values are decoded once, to (groups, rows of a unit, 64).
-template <int Bits, int Window, Source From>
+template <int Bits, int Window, bool First>
 TERSOR_512 void decode_block(Block block, const Code& code, uint8_t* to) {
     constexpr int R = unit_rows(Bits);
     const Table<Bits> table(code);
@@ -257,7 +189,7 @@ TERSOR_512 void decode_block(Block block, const Code& code, uint8_t* to) {
     for (int g = 0; g < block.groups; ++g, block.streams.from += block.streams.step, to += 64 * R) {
         block.fetch<Bits>();
         asm("" : "+r"(matrix));
-        bytes.template load<From>(block.streams);
+        bytes.template load<First>(block.streams);
         _mm512_store_si512(to, decode<Bits, Window, 0>(bytes, matrix, table));
         _mm512_store_si512(to + 64, decode<Bits, Window, 1>(bytes, matrix, table));
         if constexpr (R > 2) {
@@ -290,14 +222,14 @@ TERSOR_512 void multiply(const uint8_t* values, int groups, const int8_t* const 
     }
 }
 
-template <int Bits, int Window, int Planes, Source From>
+template <int Bits, int Window, int Planes, bool First>
 TERSOR_512 void times(const Block& block, const Code& code, const int8_t* const (*x)[2], int tokens, int32_t* sums) {
-    if (tokens == 1) return fused<Bits, Window, Planes, 1, From>(block, code, x, sums);
+    if (tokens == 1) return fused<Bits, Window, Planes, 1, First>(block, code, x, sums);
     if constexpr (unit_rows(Bits) <= 4) {
-        if (tokens == 2) return fused<Bits, Window, Planes, 2, From>(block, code, x, sums);
+        if (tokens == 2) return fused<Bits, Window, Planes, 2, First>(block, code, x, sums);
     }
     alignas(64) uint8_t values[CHUNK / 4 * unit_rows(Bits) * 64];
-    decode_block<Bits, Window, From>(block, code, values);
+    decode_block<Bits, Window, First>(block, code, values);
     int t = 0;
     if constexpr (unit_rows(Bits) == 2) {
         for (; t + 4 <= tokens; t += 4) multiply<Bits, Planes, 4>(values, block.groups, x + t, sums + t * SUMS);
@@ -317,9 +249,10 @@ int64_t excess(const Inputs& inputs, int64_t token, int64_t first, int64_t last)
     return 128 * (256 * int64_t{sum} + low_sum);
 }
 
-// All blocks of some groups of columns, from column `c` on. `block`: the first.
+// All blocks of some groups of columns, from column `c` on. `block`: the first. `ring`: whether it has to go round to its
+// rings' ends.
 template <int Bits, int Window, int Planes>
-TERSOR_512 void all_blocks(const Code& code, Block block, int units, bool laid_out, const Inputs& inputs, int64_t c,
+TERSOR_512 void all_blocks(const Code& code, Block block, int units, bool ring, const Inputs& inputs, int64_t c,
                            int32_t* sums) {
     constexpr int R = unit_rows(Bits), J = unit_bytes(Bits);
     const int8_t* x[TOKENS][2];
@@ -328,14 +261,12 @@ TERSOR_512 void all_blocks(const Code& code, Block block, int units, bool laid_o
         if constexpr (Planes == 2) x[t][1] = inputs.planes->low_of(inputs.first + t) + c;
     }
     for (int u = 0; u < units; u += BLOCK, sums += R * BLOCK) {
-        if (laid_out) {
-            times<Bits, Window, Planes, Source::laid_out>(block, code, x, inputs.tokens, sums);
-        } else if (u == 0) {
-            times<Bits, Window, Planes, Source::stored_first>(block, code, x, inputs.tokens, sums);
+        if (ring && u == 0) {
+            times<Bits, Window, Planes, true>(block, code, x, inputs.tokens, sums);
         } else {
-            times<Bits, Window, Planes, Source::stored>(block, code, x, inputs.tokens, sums);
+            times<Bits, Window, Planes, false>(block, code, x, inputs.tokens, sums);
         }
-        block.streams.from += laid_out ? 64 : BLOCK * J;
+        block.streams.from += 4 * BLOCK;
         block.ahead += 64 * J * block.groups;
     }
 }
@@ -345,33 +276,26 @@ TERSOR_512 void add_products(const Code& code, const Tile& tile, int64_t first, 
                              int64_t* sums) {
     constexpr int R = unit_rows(Bits), J = unit_bytes(Bits);
     alignas(64) int32_t parts[TOKENS * SUMS];
-    alignas(64) uint8_t spare[4 * SPARE];
+    alignas(64) uint8_t spare[J * SPARE];
     std::memset(parts, 0, sizeof(int32_t) * SUMS * inputs.tokens);
-    const int units = tile.rows / R, blocks = (units + BLOCK - 1) / BLOCK, room = blocks * BLOCK * J;
-    const int64_t plane = plane_of(units), tail = units * J - 16;
+    const int units = tile.rows / R, blocks = (units + BLOCK - 1) / BLOCK;
+    // Whole vectors are read, beyond the end of a ring and, at its beginning, from its last 16 units on.
+    const int64_t beyond = (J - 1) * tile.plane + 64 * blocks;
+    const int64_t readable = units < BLOCK || tile.end - tile.codes < beyond
+                                 ? 0
+                                 : (tile.end - tile.codes - beyond) / tile.step + 1;
     for (int64_t c = first; c < last; c += CHUNK) {
-        if (tile.laid_out != nullptr) {
-            const int groups = static_cast<int>((std::min<int64_t>(CHUNK, last - c) + 3) / 4);
-            const uint8_t* from = tile.laid_out + c / 4 * J * plane;
-            const uint8_t* ahead = from + groups * J * plane;
-            // What blocks do not fetch on the way, as the words before them come on top: with three planes it shows.
-            for (int64_t rest = groups * J * 64 * blocks; J > 1 && rest < groups * J * plane; rest += 64)
-                prefetch<Bits>(ahead + rest);
-            const Block block{{from, J * plane, plane, 0}, groups, ahead};
+        const int groups = static_cast<int>((std::min<int64_t>(CHUNK, last - c) + 3) / 4);
+        const int plain = static_cast<int>(std::clamp<int64_t>(readable - c / 4, 0, groups));
+        const uint8_t* from = tile.codes + c / 4 * tile.step;
+        if (plain > 0) {
+            const Block block{{from, tile.step, tile.plane, 4 * int64_t{units} - 64}, plain, from + plain * tile.step};
             all_blocks<Bits, Window, Planes>(code, block, units, true, inputs, c, parts);
-            continue;
         }
-        int groups = static_cast<int>(std::min<int64_t>(CHUNK, last - c) / 4);
-        while (groups > 0 && !in_place(tile, c, last, groups, units * J, room)) --groups;
-        if (groups > 0) {
-            const uint8_t* from = tile.codes + c * tile.stride;
-            const Block block{{from, 4 * tile.stride, tile.stride, tail}, groups, from + CHUNK * tile.stride};
-            all_blocks<Bits, Window, Planes>(code, block, units, false, inputs, c, parts);
-        }
-        for (int64_t rest = c + 4 * groups; rest < std::min(c + CHUNK, last); rest += 4) {
-            const uint8_t* from = copy_columns(tile, rest, last, units * J, spare);
-            const Block block{{from, 0, SPARE, tail}, 1, from};
-            all_blocks<Bits, Window, Planes>(code, block, units, false, inputs, rest, parts);
+        for (int g = plain; g < groups; ++g) {
+            const uint8_t* copied = copy_rings(from + g * tile.step, tile.plane, J, units, spare);
+            const Block block{{copied, 0, SPARE, 0}, 1, copied};
+            all_blocks<Bits, Window, Planes>(code, block, units, false, inputs, c + 4 * g, parts);
         }
     }
     for (int t = 0; t < inputs.tokens; ++t) {

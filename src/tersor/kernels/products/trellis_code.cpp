@@ -38,16 +38,17 @@ Code::Code(int bits, int window, const int32_t* masks, int index_bits, const int
         steps[i] = i % 128 < 16 ? value : static_cast<int8_t>(value ^ integers[(i - 16) % entries]);
     }
     for (int row = 0; row < unit_rows(bits); ++row) {
-        const int first = first_byte(bits, window, row);
-        for (int k = 0; k <= last_byte(bits, row) - first && k < TERMS; ++k) {
-            for (int bit = 0; bit < 8; ++bit) {
-                const int index = reached(*this, masks, index_bits, row, 8 * (first + k) + bit);
+        const int first = first_byte(bits, window, row), last = last_byte(bits, row);
+        for (int byte = first; byte <= last; ++byte) {
+            const int term = byte == last && joined(bits, window, row) ? 0 : byte - first;
+            for (int bit = 0; bit < 8 && term < TERMS; ++bit) {
+                const int index = reached(*this, masks, index_bits, row, 8 * byte + bit);
                 // Byte 7 - i of the matrix says which bits are added to bit i of the result.
-                for (int i = 0; i < 8; ++i) matrix[row][k] |= uint64_t(index >> i & 1) << (8 * (7 - i) + bit);
+                for (int i = 0; i < 8; ++i) matrix[row][term] |= uint64_t(index >> i & 1) << (8 * (7 - i) + bit);
             }
         }
         const int nibble = first_nibble(bits, window, row);
-        for (int k = 0; k <= last_nibble(bits, row) - nibble && k < 2 * TERMS; ++k) {
+        for (int k = 0; k <= last_nibble(bits, row) - nibble && k < 6; ++k) {
             for (int bit = 0; bit < 4; ++bit) {
                 const int index = reached(*this, masks, index_bits, row, 4 * (nibble + k) + bit);
                 for (int i = 0; i < 16; ++i) nibbles[row][k][i] ^= static_cast<uint8_t>(i >> bit & 1 ? index : 0);
@@ -56,49 +57,27 @@ Code::Code(int bits, int window, const int32_t* masks, int index_bits, const int
     }
 }
 
-bool in_place(const Tile& tile, int64_t column, int64_t last, int64_t groups, int bytes, int room) {
-    const int64_t end = column + 4 * groups;
-    return bytes >= 16 && end <= last && tile.end - tile.codes >= (end - 1) * tile.stride + room;
-}
-
-const uint8_t* copy_columns(const Tile& tile, int64_t column, int64_t last, int bytes, uint8_t* spare) {
-    std::memset(spare, 0, 4 * SPARE);
-    const int64_t count = std::min<int64_t>(4, last - column);
-    for (int64_t c = 0; c < count; ++c) {
-        uint8_t* to = spare + 16 + c * SPARE;
-        std::memcpy(to, tile.codes + (column + c) * tile.stride, bytes);
-        to[-1] = to[bytes - 1];
-        to[-2] = to[bytes > 1 ? bytes - 2 : 0];
+const uint8_t* copy_rings(const uint8_t* from, int64_t plane, int unit_bytes, int units, uint8_t* spare) {
+    std::memset(spare, 0, unit_bytes * SPARE);
+    for (int j = 0; j < unit_bytes; ++j) {
+        uint8_t* to = spare + j * SPARE + 64;
+        std::memcpy(to, from + j * plane, 4 * units);
+        for (int u = 1; u <= 16; ++u) std::memcpy(to - 4 * u, to + 4 * (units - 1 - (u - 1) % units), 4);
     }
-    return spare + 16;
-}
-
-void lay_out(const uint8_t* codes, int64_t stride, int64_t columns, int unit_bytes, int units, uint8_t* to) {
-    const int64_t plane = plane_of(units);
-    for (int64_t first = 0; first < columns; first += 4) {
-        for (int j = 0; j < unit_bytes; ++j, to += plane) {
-            for (int c = 0; c < 4; ++c) {
-                const uint8_t* stream = codes + (first + c) * stride + j;
-                for (int u = 0; u < units; ++u) to[8 + 4 * u + c] = first + c < columns ? stream[u * unit_bytes] : 0;
-            }
-            if (units == 0) continue;
-            std::memcpy(to + 4, to + 8 + 4 * (units - 1), 4);
-            std::memcpy(to, to + 8 + 4 * (units > 1 ? units - 2 : 0), 4);
-        }
-    }
+    return spare + 64;
 }
 
 namespace {
 
-uint32_t code_at(int bits, const uint8_t* stream, int row) {
+uint32_t code_at(int bits, const Column& stream, int row) {
     const int bit = row * bits, shift = bit % 8;
     uint32_t found = stream[bit / 8] >> shift;
-    if (shift + bits > 8) found |= static_cast<uint32_t>(stream[bit / 8 + 1]) << (8 - shift);
+    if (shift + bits > 8) found |= stream[bit / 8 + 1] << (8 - shift);
     return found & ((1u << bits) - 1);
 }
 
 // Codes of the `count` rows before a row and its own, the newest in the lowest bits; the stream is a ring.
-uint32_t state_of(const Code& code, const uint8_t* stream, int rows, int row, int count) {
+uint32_t state_of(const Code& code, const Column& stream, int rows, int row, int count) {
     uint32_t state = 0;
     for (int age = count; age >= 0; --age)
         state = state << code.bits | code_at(code.bits, stream, ((row - age) % rows + rows) % rows);
@@ -106,7 +85,7 @@ uint32_t state_of(const Code& code, const uint8_t* stream, int rows, int row, in
 }
 
 // The rows of one column, before scales.
-void decode_column(const Code& code, const uint8_t* stream, int rows, int8_t* values) {
+void decode_column(const Code& code, const Column& stream, int rows, int8_t* values) {
     uint32_t state = state_of(code, stream, rows, 0, (code.window - 1) / code.bits);
     values[0] = code.states[state];
     for (int row = 1; row < rows; ++row) {
@@ -117,7 +96,7 @@ void decode_column(const Code& code, const uint8_t* stream, int rows, int8_t* va
 
 }  // namespace
 
-int8_t value_at(const Code& code, const uint8_t* stream, int rows, int row) {
+int8_t value_at(const Code& code, const Column& stream, int rows, int row) {
     return code.states[state_of(code, stream, rows, row, (code.window - 1) / code.bits)];
 }
 
@@ -127,7 +106,7 @@ void portable(const Code& code, const Tile& tile, int64_t first, int64_t last, c
     for (int64_t c = first; c < last; c += COUNT) {
         const int64_t count = std::min(COUNT, last - c);
         for (int64_t k = 0; k < count; ++k)
-            decode_column(code, tile.codes + (c + k) * tile.stride, tile.rows, values + k * TILE);
+            decode_column(code, column_of(tile, code.bits, c + k), tile.rows, values + k * TILE);
         for (int t = 0; t < inputs.tokens; ++t) {
             const int16_t* x = inputs.joined + (inputs.first + t) * inputs.planes->width + c;
             int32_t parts[TILE] = {};

@@ -14,30 +14,11 @@ namespace tersor::trellis {
 namespace {
 
 struct Stored {
-    const uint8_t* codes;  // (tiles, columns, stride)
-    int64_t tile, tiles, stride;
-    std::vector<uint8_t> laid_out;  // the same, interleaved; may be empty
-    std::vector<float> scale;       // (rows,)
-    double unit;                    // what the integers of the table are multiples of
+    const uint8_t* codes;  // (tiles, groups, unit bytes * units, 4)
+    int64_t tile, tiles, groups, units;
+    std::vector<float> scale;  // (rows,)
+    double unit;               // what the integers of the table are multiples of
 };
-
-// Bytes of a tile of `rows` rows, interleaved.
-int64_t laid_out_size(int64_t columns, int64_t rows, int bits) {
-    const auto units = static_cast<int>(rows / unit_rows(bits));
-    return (columns + 3) / 4 * unit_bytes(bits) * plane_of(units);
-}
-
-// All tiles of whole units, one after the other; what is read with the last one's end comes after it.
-std::vector<uint8_t> all_laid_out(const Stored& stored, int64_t rows, int64_t columns, int bits) {
-    const int64_t size = laid_out_size(columns, stored.tile, bits);
-    std::vector<uint8_t> result(stored.tiles * size + 64);
-    for (int64_t tile = 0; tile < stored.tiles; ++tile) {
-        const int64_t units = std::min(stored.tile, rows - tile * stored.tile) / unit_rows(bits);
-        lay_out(stored.codes + tile * columns * stored.stride, stored.stride, columns, unit_bytes(bits),
-                static_cast<int>(units), result.data() + tile * size);
-    }
-    return result;
-}
 
 // Rounded inputs, and both planes in one where loops take that.
 struct TrellisReady final : Ready {
@@ -73,12 +54,11 @@ class TrellisProduct final : public Product {
     }
     std::unique_ptr<Job> begin(ReadyPtr inputs, float* y, int64_t stride, const Options& options) const override;
     bool read_row(int64_t row, float* to) const override {
-        const int64_t tile = row / stored_.tile;
-        const uint8_t* codes = stored_.codes + tile * columns * stored_.stride;
+        const Tile tile = tile_of(row / stored_.tile);
+        const auto here = static_cast<int>(row % stored_.tile);
         const float scale = static_cast<float>(stored_.unit * double{stored_.scale[row]});
         for (int64_t c = 0; c < columns; ++c)
-            to[c] = scale * value_at(*code_, codes + c * stored_.stride, static_cast<int>(rows_of(tile)),
-                                     static_cast<int>(row - tile * stored_.tile));
+            to[c] = scale * value_at(*code_, column_of(tile, code_->bits, c), tile.rows, here);
         return true;
     }
 
@@ -86,6 +66,11 @@ class TrellisProduct final : public Product {
     friend TrellisJob;
 
     int64_t rows_of(int64_t tile) const { return std::min(stored_.tile, rows - tile * stored_.tile); }
+    Tile tile_of(int64_t number) const {
+        const int64_t plane = 4 * stored_.units, step = unit_bytes(code_->bits) * plane, size = stored_.groups * step;
+        return {stored_.codes + number * size, stored_.codes + stored_.tiles * size, step, plane,
+                static_cast<int>(rows_of(number))};
+    }
     bool whole(int64_t tile_rows) const { return tile_rows % unit_rows(code_->bits) == 0; }
 
     Loop loop() const {
@@ -163,13 +148,9 @@ class TrellisJob final : public Job {
     // The sums of one tile with the columns from `first` on that make a part, for a few tokens at a time.
     template <typename F>
     void in_passes(int64_t number, int64_t first, const F& done) const {
-        const Stored& stored = product_.stored_;
         const Code& code = *product_.code_;
-        const int64_t size = product_.columns * stored.stride, last = std::min(product_.columns, first + span_);
-        const int64_t begin = number * laid_out_size(product_.columns, stored.tile, code.bits);
-        const Tile tile{stored.codes + number * size, stored.codes + stored.tiles * size, stored.stride,
-                        static_cast<int>(product_.rows_of(number)),
-                        stored.laid_out.empty() ? nullptr : stored.laid_out.data() + begin};
+        const int64_t last = std::min(product_.columns, first + span_);
+        const Tile tile = product_.tile_of(number);
         const bool fast = loop_ != nullptr && product_.whole(tile.rows);
         int places[TILE];
         for (int row = 0; row < tile.rows; ++row) places[row] = fast ? place_of(code.bits, row) : row;
@@ -202,8 +183,8 @@ std::unique_ptr<Job> TrellisProduct::begin(ReadyPtr inputs, float* y, int64_t st
     return std::make_unique<TrellisJob>(*this, std::move(inputs), y, stride, columns_of_part(options.threads));
 }
 
-ProductPtr make(In<uint8_t, 3> codes, In<float, 1> scale, int64_t tile, int bits, int window, In<int32_t, 1> masks,
-                In<int8_t, 1> integers, double unit, bool laid_out) {
+ProductPtr make(In<uint8_t, 4> codes, In<float, 1> scale, int64_t tile, int64_t columns, int bits, int window,
+                In<int32_t, 1> masks, In<int8_t, 1> integers, double unit) {
     require(bits >= 1 && bits <= 4, "trellises have 1 to 4 bits, not " + std::to_string(bits));
     require(window >= 8 && window <= 16, "windows have 8 to 16 bits, not " + std::to_string(window));
     const auto index_bits = static_cast<int>(masks.shape(0));
@@ -214,17 +195,18 @@ ProductPtr make(In<uint8_t, 3> codes, In<float, 1> scale, int64_t tile, int bits
     for (int i = 0; i < index_bits; ++i)
         require(masks.data()[i] >= 0 && masks.data()[i] < 1 << window, "a mask goes beyond the window");
     require(tile >= 1 && tile <= TILE, "tiles have 1 to 256 rows, not " + std::to_string(tile));
-    const auto rows = static_cast<int64_t>(scale.shape(0)), columns = static_cast<int64_t>(codes.shape(1));
-    const int64_t tiles = (rows + tile - 1) / tile, stride = (tile * bits + 7) / 8;
+    const auto rows = static_cast<int64_t>(scale.shape(0));
     require(rows >= 1 && columns >= 1, "a weight has rows and columns");
-    require(static_cast<int64_t>(codes.shape(0)) == tiles && static_cast<int64_t>(codes.shape(2)) == stride,
-            "codes of " + std::to_string(rows) + " rows are " + std::to_string(tiles) + " tiles of " +
-                std::to_string(stride) + " bytes a column, not " + std::to_string(codes.shape(0)) + " of " +
-                std::to_string(codes.shape(2)));
+    const int64_t tiles = (rows + tile - 1) / tile, groups = (columns + 3) / 4;
+    const int64_t units = (tile + unit_rows(bits) - 1) / unit_rows(bits), width = unit_bytes(bits) * units;
+    const auto size = [&](int i) { return static_cast<int64_t>(codes.shape(i)); };
+    require(size(0) == tiles && size(1) == groups && size(2) == width && size(3) == 4,
+            "codes of " + std::to_string(rows) + " rows and " + std::to_string(columns) + " columns are " +
+                std::to_string(tiles) + " tiles of " + std::to_string(groups) + " groups of " + std::to_string(width) +
+                " by 4 bytes, not " + std::to_string(size(0)) + " of " + std::to_string(size(1)) + " of " +
+                std::to_string(size(2)) + " by " + std::to_string(size(3)));
     auto code = std::make_unique<const Code>(bits, window, masks.data(), index_bits, integers.data());
-    Stored stored{codes.data(), tile, tiles, stride, {}, {scale.data(), scale.data() + rows}, unit};
-    if (laid_out && isa() == Isa::avx512 && avx512(bits, window) != nullptr)
-        stored.laid_out = all_laid_out(stored, rows, columns, bits);
+    Stored stored{codes.data(), tile, tiles, groups, units, {scale.data(), scale.data() + rows}, unit};
     return std::make_shared<TrellisProduct>(rows, columns, std::move(stored), std::move(code));
 }
 
@@ -235,8 +217,8 @@ namespace tersor {
 
 void bind_trellis(nb::module_& module) {
     // The codes are used where they are: their array lives as long as the product.
-    module.def("trellis", &trellis::make, nb::arg("codes"), nb::arg("scale"), nb::arg("tile"), nb::arg("bits"),
-               nb::arg("window"), nb::arg("masks"), nb::arg("integers"), nb::arg("unit"), nb::arg("laid_out"),
+    module.def("trellis", &trellis::make, nb::arg("codes"), nb::arg("scale"), nb::arg("tile"), nb::arg("columns"),
+               nb::arg("bits"), nb::arg("window"), nb::arg("masks"), nb::arg("integers"), nb::arg("unit"),
                nb::keep_alive<0, 1>());
 }
 

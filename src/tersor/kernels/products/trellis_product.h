@@ -1,4 +1,4 @@
-// Trellis codes down the columns (tersor/codecs/trellis.py), worked on as they are stored.
+// Trellis codes down the columns (tersor/codecs/trellis.py), worked on as they are stored: four columns side by side.
 //
 // The window of a row is a few neighbouring bits of its column's stream, and the index a GF(2)-linear map of it. So the
 // index is an exclusive or of maps of whole bytes, and which maps depends on the row's place among the rows that begin
@@ -19,7 +19,7 @@ constexpr int TOKENS = 8;    // the most tokens of a pass
 constexpr int SPAN = 32768;  // the most columns whose products are summed up in 32 bits: 255 * 128 each
 constexpr int CHUNK = 128;   // columns that are multiplied block after block: they, and those after, fit a first cache
 constexpr int BLOCK = 16;    // units of a vector
-constexpr int TERMS = 3;     // the most bytes that a window reaches into
+constexpr int TERMS = 2;     // the most maps of a window
 
 // A unit is the least number of whole bytes that holds whole rows.
 constexpr int unit_bytes(int bits) { return bits == 3 ? 3 : 1; }
@@ -33,6 +33,15 @@ constexpr int first_bit(int bits, int window, int i) { return bits * (i - (windo
 constexpr int last_bit(int bits, int i) { return bits * (i + 1) - 1; }
 constexpr int first_byte(int bits, int window, int i) { return floor_div(first_bit(bits, window, i), 8); }
 constexpr int last_byte(int bits, int i) { return last_bit(bits, i) / 8; }
+// Whether the oldest byte of a window and the newest make one: no place of a byte has bits of both in the window.
+constexpr bool joined(int bits, int window, int i) {
+    const int between = last_byte(bits, i) - first_byte(bits, window, i) - 1;
+    return between >= 0 && last_bit(bits, i) - first_bit(bits, window, i) + 1 <= 8 * (between + 1);
+}
+// Bytes that are mapped to the index of row `i`: the oldest, or what it makes with the newest, and the one after it.
+constexpr int terms(int bits, int window, int i) {
+    return last_byte(bits, i) - first_byte(bits, window, i) + 1 - joined(bits, window, i);
+}
 // The same in nibbles.
 constexpr int first_nibble(int bits, int window, int i) { return floor_div(first_bit(bits, window, i), 4); }
 constexpr int last_nibble(int bits, int i) { return last_bit(bits, i) / 4; }
@@ -43,10 +52,6 @@ constexpr int place_of(int bits, int row) {
     return (unit / BLOCK * unit_rows(bits) + i) * BLOCK + unit % BLOCK;
 }
 
-// Streams of four columns interleaved, as loops with wide vectors like them best: byte j of unit u, of four columns, is
-// the word at j * `plane_of` + 8 + 4 * u; the two words before the first repeat the last ones, as the stream is a ring.
-constexpr int64_t plane_of(int units) { return 8 + 4 * int64_t{units}; }
-
 // The code, in every form that loops use.
 struct Code {
     Code(int bits, int window, const int32_t* masks, int index_bits, const int8_t* integers);
@@ -55,22 +60,34 @@ struct Code {
     std::vector<int8_t> states;                   // value of each state
     alignas(64) uint8_t raised[256];              // value of each index, plus 128; repeated to fill the table
     alignas(64) int8_t steps[256];                // value of each index, xor the one 16 before it in its half
-    alignas(64) uint64_t matrix[8][TERMS];        // row of a unit, byte: bits to index, as gf2p8affineqb takes it
-    alignas(16) uint8_t nibbles[8][2 * TERMS][16];  // row of a unit, nibble: its share of the index
+    alignas(64) uint64_t matrix[8][TERMS];    // row of a unit, term: bits to index, as gf2p8affineqb takes it
+    alignas(16) uint8_t nibbles[8][6][16];    // row of a unit, nibble: its share of the index
     int entries;                                  // of the table
 };
 
-// One tile's streams.
+// One tile's streams, four columns side by side: byte j of unit u of column c is `codes[c / 4 * step + j * plane + 4 * u +
+// c % 4]`.
 struct Tile {
-    const uint8_t* codes;  // of column c: codes + c * stride
-    const uint8_t* end;    // of all that may be read
-    int64_t stride;
+    const uint8_t* codes;
+    const uint8_t* end;  // of all that may be read
+    int64_t step, plane;
     int rows;
-    const uint8_t* laid_out;  // the same interleaved, group after group of four columns; or null
 };
 
+// The stream of one column.
+struct Column {
+    const uint8_t* codes;  // its first byte
+    int64_t plane;
+    int unit_bytes;
+
+    uint32_t operator[](int byte) const { return codes[byte % unit_bytes * plane + 4 * (byte / unit_bytes)]; }
+};
+inline Column column_of(const Tile& tile, int bits, int64_t c) {
+    return {tile.codes + c / 4 * tile.step + c % 4, tile.plane, unit_bytes(bits)};
+}
+
 // The value of one row of a column whose stream has `rows` of them, before scales.
-int8_t value_at(const Code&, const uint8_t* stream, int rows, int row);
+int8_t value_at(const Code&, const Column&, int rows, int row);
 
 // What the weight is multiplied by.
 struct Inputs {
@@ -88,14 +105,9 @@ void portable(const Code&, const Tile&, int64_t first, int64_t last, const Input
 Loop avx2(int bits, int window);
 Loop avx512(int bits, int window);
 
-// Whether the streams of `groups` groups of four columns from `column` on can be worked on where they are: `room` bytes
-// of each may be read, and the 16 before its end.
-bool in_place(const Tile&, int64_t column, int64_t last, int64_t groups, int bytes, int room);
-// Interleaves the streams of a tile: `columns` of them, of `units` units, and zeros up to whole groups.
-void lay_out(const uint8_t* codes, int64_t stride, int64_t columns, int unit_bytes, int units, uint8_t* to);
-// Copies four streams, the ones from `last` on of zeros, to `spare`. Column c begins at the place returned plus
-// c * SPARE; before it are the last bytes of its ring.
-constexpr int SPARE = TILE / 2 + 64;
-const uint8_t* copy_columns(const Tile&, int64_t column, int64_t last, int bytes, uint8_t* spare);
+// Copies the rings of four columns, of `units` units, with what comes before and after them: byte j of unit u begins at
+// the place returned plus j * SPARE + 4 * u, and units -16 to -1 repeat the last ones.
+constexpr int SPARE = 64 + 2 * TILE + 64;
+const uint8_t* copy_rings(const uint8_t* from, int64_t plane, int unit_bytes, int units, uint8_t* spare);
 
 }  // namespace tersor::trellis

@@ -141,7 +141,7 @@ def _planes(codec: BinaryPlanes, parts: Parts, shape: Shape) -> Product | None:
 @makes(Trellis)
 def _trellis(codec: Trellis, parts: Parts, shape: Shape) -> Product:
     code = _trellis_code(codec.bits_per_code, codec.window)
-    return products_trellis.trellis(parts["codes"], parts["scale"], code, tile=codec.tile(shape[0]))
+    return products_trellis.trellis(parts["codes"], parts["scale"], code, tile=codec.tile(shape[0]), columns=shape[1])
 
 
 @lru_cache(maxsize=32)
