@@ -115,6 +115,20 @@ def test_threads_and_other_tokens_change_nothing(level):
     assert torch.equal(alone, found[0])
 
 
+@pytest.mark.parametrize("style", ["middle", "zero", "table", "tables"])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_a_token_alone_gives_what_it_gives_among_others(bits, style):
+    # Loops take other numbers of rows at a time then; the sum of a row must not depend on that.
+    for level in LEVELS:
+        products._products.limit_isa(level)
+        for columns, group in ((320, 32), (200, None), (512, 256)):
+            product = products.row_codes(**_weight(5, 45, columns, bits, group, "fp16", style))
+            x = _inputs(6, 5, columns)
+            for rounded in (8, 16):
+                alone = [products.multiply(product, token[None], bits=rounded) for token in x]
+                assert torch.equal(torch.cat(alone), products.multiply(product, x, bits=rounded)), (level, columns)
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_inputs_of_zeros_and_of_no_numbers(level):
     products._products.limit_isa(level)

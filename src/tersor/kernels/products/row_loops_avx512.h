@@ -165,7 +165,7 @@ TERSOR_512_INLINE void small_groups(const Call<K>& call, int64_t row, const type
     }
 }
 
-// The sum of the lanes of each of `Count` vectors, 4 or 1, always in the same order.
+// The sum of the lanes of each of `Count` vectors, 4, 2 or 1, always in the same order.
 template <int Count>
 TERSOR_512_INLINE void add_lanes(const __m512* lanes, float* sums) {
     if constexpr (Count == 4) {
@@ -178,10 +178,12 @@ TERSOR_512_INLINE void add_lanes(const __m512* lanes, float* sums) {
         _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
     } else if constexpr (Count == 2) {
         const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(lanes[0], lanes[1]), _mm512_unpackhi_ps(lanes[0], lanes[1]));
-        const __m512 b = _mm512_add_ps(a, _mm512_shuffle_f32x4(a, a, 0x4e));
-        const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(b), _mm256_permute2f128_ps(_mm512_castps512_ps256(b), _mm512_castps512_ps256(b), 1));
-        const __m128 all = _mm256_castps256_ps128(half);
-        _mm_storel_pi(reinterpret_cast<__m64*>(sums), _mm_add_ps(all, _mm_movehl_ps(all, all)));
+        const __m512d d = _mm512_castps_pd(a);
+        const __m512 all = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(d, d)),
+                                         _mm512_castpd_ps(_mm512_unpackhi_pd(d, d)));
+        const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+        const __m128 both = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+        _mm_storel_pi(reinterpret_cast<__m64*>(sums), both);
     } else {
         static_assert(Count == 1);
         const __m512 pair = _mm512_add_ps(_mm512_unpacklo_ps(lanes[0], lanes[0]), _mm512_unpackhi_ps(lanes[0], lanes[0]));
