@@ -40,34 +40,8 @@ def trellis_search(
     return path
 
 
-def interleave(streams: Tensor, bits: int) -> Tensor:
-    """Streams ``(tiles, columns, bytes)`` as they are stored: ``(tiles, ceil(columns / 4), width, 4)`` uint8.
-
-    Four columns lie side by side, byte by byte, which is what wide vectors multiply by as it is. At 3 bits all first
-    bytes of 8 rows come first, then all second ones. Zeros fill what is missing.
-    """
-    tiles, columns, width = streams.shape
-    size = unit_bytes(bits)
-    padded = torch.nn.functional.pad(streams, (0, -width % size, 0, -columns % 4))
-    units = padded.reshape(tiles, -1, 4, -(-width // size), size)
-    return units.permute(0, 1, 4, 3, 2).flatten(2, 3).contiguous()
-
-
-def columns_apart(stored: Tensor, bits: int, columns: int, width: int) -> Tensor:
-    """The inverse of :func:`interleave`: streams ``(tiles, columns, width)``."""
-    tiles, groups, found, _ = stored.shape
-    size = unit_bytes(bits)
-    units = stored.reshape(tiles, groups, size, found // size, 4).permute(0, 1, 4, 3, 2)
-    return units.reshape(tiles, 4 * groups, found)[:, :columns, :width]
-
-
-def unit_bytes(bits: int) -> int:
-    """The least number of bytes that holds whole codes."""
-    return 3 if bits == 3 else 1
-
-
 def search_short(target: Tensor, scale: Tensor, values: Tensor, bits: int, window: int) -> Tensor:
-    """The same for one tile whose bits do not fill a window (fewer than ``window``): the best of all streams."""
+    """:func:`trellis_search` of one tile that has fewer than ``window`` bits: the best of all streams."""
     rows, columns = target.shape
     streams = torch.arange(1 << (rows * bits))
     # Row 0 is oldest, hence highest.
@@ -161,3 +135,29 @@ def _lowest(cost: Tensor) -> Tensor:
     """The first position of the least entry of each column of ``cost (n, columns)``."""
     least = cost.amin(0)
     return (cost == least).to(torch.uint8).argmax(0)
+
+
+def interleave(streams: Tensor, bits: int) -> Tensor:
+    """Streams ``(tiles, columns, bytes)`` as they are stored: ``(tiles, ceil(columns / 4), width, 4)`` uint8.
+
+    Four columns lie side by side, byte by byte, which is what wide vectors multiply by as it is. At 3 bits all first
+    bytes of 8 rows come first, then all second ones. Zeros fill what is missing.
+    """
+    tiles, columns, width = streams.shape
+    size = unit_bytes(bits)
+    padded = torch.nn.functional.pad(streams, (0, -width % size, 0, -columns % 4))
+    units = padded.reshape(tiles, -1, 4, -(-width // size), size)
+    return units.permute(0, 1, 4, 3, 2).flatten(2, 3).contiguous()
+
+
+def columns_apart(stored: Tensor, bits: int, columns: int, width: int) -> Tensor:
+    """The inverse of :func:`interleave`: streams ``(tiles, columns, width)``."""
+    tiles, groups, found, _ = stored.shape
+    size = unit_bytes(bits)
+    units = stored.reshape(tiles, groups, size, found // size, 4).permute(0, 1, 4, 3, 2)
+    return units.reshape(tiles, 4 * groups, found)[:, :columns, :width]
+
+
+def unit_bytes(bits: int) -> int:
+    """The least number of bytes that holds whole codes."""
+    return 3 if bits == 3 else 1

@@ -3,7 +3,7 @@
 // The window of a row is a few neighbouring bits of its column's stream, and the index a GF(2)-linear map of it. So the
 // index is an exclusive or of maps of whole bytes, and which maps depends on the row's place among the rows that begin
 // in one byte (or three, at 3 bits) alone. A vector of bytes, every one from another place of the stream, gives that
-// many indices with two or three 8 x 8 bit products: no window is ever cut out of the stream.
+// many indices with one or two 8 x 8 bit products: no window is ever cut out of the stream.
 #pragma once
 
 #include <cstdint>
@@ -60,13 +60,13 @@ struct Code {
     std::vector<int8_t> states;                   // value of each state
     alignas(64) uint8_t raised[256];              // value of each index, plus 128; repeated to fill the table
     alignas(64) int8_t steps[256];                // value of each index, xor the one 16 before it in its half
-    alignas(64) uint64_t matrix[8][TERMS];    // row of a unit, term: bits to index, as gf2p8affineqb takes it
-    alignas(16) uint8_t nibbles[8][6][16];    // row of a unit, nibble: its share of the index
+    alignas(64) uint64_t matrix[8][TERMS];        // row of a unit, term: bits to index, as gf2p8affineqb takes it
+    alignas(16) uint8_t nibbles[8][6][16];        // row of a unit, nibble: its share of the index
     int entries;                                  // of the table
 };
 
-// One tile's streams, four columns side by side: byte j of unit u of column c is `codes[c / 4 * step + j * plane + 4 * u +
-// c % 4]`.
+// One tile's streams, four columns side by side: byte j of unit u of column c is
+// `codes[c / 4 * step + j * plane + 4 * u + c % 4]`.
 struct Tile {
     const uint8_t* codes;
     const uint8_t* end;  // of all that may be read
