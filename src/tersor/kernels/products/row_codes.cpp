@@ -82,7 +82,7 @@ bool same_inputs(const RowLayout& one, const RowLayout& other) {
 }
 
 RowInputs::RowInputs(const Activations& rounded, const RowLayout& layout)
-    : rounded(rounded), group_sums(rounded.tokens * layout.groups) {
+    : rounded(rounded), padded_groups((layout.groups + 15) / 16 * 16), group_sums(rounded.tokens * padded_groups) {
     if (isa() == Isa::avx512) {
         const int64_t step = 64 * layout.slices;
         if (layout.slices > 1) width = (rounded.columns + step - 1) / step * step;
@@ -97,7 +97,7 @@ RowInputs::RowInputs(const Activations& rounded, const RowLayout& layout)
             const int64_t at = g * layout.group;
             int64_t sum = sum_of(rounded.high_of(t) + at, layout.group);
             if (rounded.two_planes) sum = 256 * sum + sum_of(rounded.low_of(t) + at, layout.group);
-            group_sums[t * layout.groups + g] = static_cast<float>(sum);
+            group_sums[t * padded_groups + g] = static_cast<float>(sum);
         }
         for (int64_t c = 0; c < rounded.columns; ++c) {
             const int32_t integer = rounded.at(t, c);
@@ -131,7 +131,7 @@ RowInputs::RowInputs(const Activations& rounded, const RowLayout& layout)
             const float factor = layout.factor.size() > 1 ? layout.factor[r] : layout.factor[0];                      \
             for (int64_t t = 0; t < inputs.rounded.tokens; ++t) {                                                     \
                 const float* x = inputs.values.data() + t * inputs.rounded.width;                                     \
-                const float* sums = inputs.group_sums.data() + t * layout.groups;                                     \
+                const float* sums = inputs.sums_of(t);                                                                \
                 float result = 0.0f;                                                                                  \
                 for (int64_t g = 0; g < layout.groups; ++g) {                                                         \
                     const int64_t begin = g * layout.group;                                                           \

@@ -49,7 +49,10 @@ struct RowInputs {
     explicit RowInputs(const Activations& rounded, const RowLayout& layout);
 
     const Activations& rounded;
-    std::vector<float> group_sums;  // (tokens, groups): sums of the integers that stand for the inputs
+    // Sums of the integers that stand for the inputs, (tokens, groups), and zeros to the next 16 after each token's.
+    const float* sums_of(int64_t token) const { return group_sums.data() + token * padded_groups; }
+    int64_t padded_groups;
+    std::vector<float> group_sums;
     // For rows_avx512: both planes laid out slice by slice, `width` columns a token. Where there is one slice, the width is
     // 0 and the planes are as they are in `rounded`.
     const int8_t* high_of(int64_t token) const { return width > 0 ? high.data() + token * width : rounded.high_of(token); }

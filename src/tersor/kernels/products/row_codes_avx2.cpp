@@ -124,7 +124,7 @@ TERSOR_256 void loop(const RowLayout& layout, const RowInputs& inputs, int64_t f
         }
         const float factor = layout.factor.size() > 1 ? layout.factor[r] : layout.factor[0];
         for (int t = 0; t < Tokens; ++t) {
-            const float* sums = inputs.group_sums.data() + (token + t) * layout.groups;
+            const float* sums = inputs.sums_of(token + t);
             float shift = 0.0f;
             for (int64_t g = 0; g < layout.groups; ++g) {
                 const float extra = Planes == 2 ? 32768.0f * scales.scale[g] : 0.0f;

@@ -88,7 +88,9 @@ struct Call {
     const int8_t* low[K::Tokens];
     const float* group_sums[K::Tokens];
     Cut cut;
-    int64_t steps, plain;   // of a row; how many of them may fetch 64 bytes without going beyond the row
+    int64_t steps, plain;   // of a row; how many of them may fetch 64 bytes
+    int64_t plain_at_end;   // as many as do not go beyond the row
+    int64_t free_rows;      // the rows that may be gone beyond
     __mmask64 whole, tail;  // bytes of a step, and of a row's last one
     const int32_t* lanes;   // of small groups: 16 for every step of a fetch (of all steps, where a fetch is one step)
     int64_t per_fetch;

@@ -106,7 +106,7 @@ TERSOR_512 void inputs_avx512(const RowLayout& layout, RowInputs& inputs) {
         for (int64_t g = 0; g < layout.groups; ++g) {
             int64_t sum = 0;
             for (int64_t i = 0; i < each; ++i) sum += fours[g * each + i];
-            inputs.group_sums[t * layout.groups + g] = static_cast<float>(sum);
+            inputs.group_sums[t * inputs.padded_groups + g] = static_cast<float>(sum);
         }
         if (layout.slices <= 1) continue;
         const int64_t to = t * inputs.width;

@@ -4,6 +4,7 @@
 // instructions exist alone, by one file for each precision of inputs, as compilers take long for all of them.
 #pragma once
 
+#include "half.h"
 #include "row_codes_avx512.h"
 
 namespace tersor {
@@ -23,10 +24,20 @@ TERSOR_512_INLINE __m512 scales_at(const RowLayout& layout, int64_t at, int64_t 
     }
     const uint16_t* from = static_cast<const uint16_t*>(layout.scale) + at;
     _mm_prefetch(reinterpret_cast<const char*>(from + 8 * layout.groups), _MM_HINT_T1);
-    const __m256i halves = count >= 16 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))
-                                          : _mm256_maskz_loadu_epi16(here, from);
-    if (layout.kind == ScaleKind::fp16) return _mm512_cvtph_ps(halves);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+    // Masked fetches are several times as slow, and there are most often other rows' scales to fetch with these.
+    const __m256i halves = at + 16 <= layout.rows * layout.groups
+                               ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))
+                               : _mm256_maskz_loadu_epi16(here, from);
+    if (layout.kind == ScaleKind::fp16) return _mm512_maskz_cvtph_ps(here, halves);
+    return _mm512_castsi512_ps(_mm512_maskz_slli_epi32(here, _mm512_cvtepu16_epi32(halves), 16));
+}
+
+// One of them: a masked fetch of one would take several times as long.
+TERSOR_512_INLINE float scale_at(const RowLayout& layout, int64_t at) {
+    if (layout.scale == nullptr) return 1.0f;
+    if (layout.kind == ScaleKind::s8) return static_cast<const uint8_t*>(layout.scale)[at];
+    const uint16_t half = static_cast<const uint16_t*>(layout.scale)[at];
+    return layout.kind == ScaleKind::fp16 ? _cvtsh_ss(half) : float_of_bits(static_cast<uint32_t>(half) << 16);
 }
 
 // The zeros of up to 16 groups from `group` on, as floats. `zeros`: room for those of 64, filled when `group` begins them.
@@ -57,9 +68,8 @@ TERSOR_512_INLINE void shifts(const Call<K>& call, int64_t row, __m512 (&shift)[
     for (int64_t g = 0; g < n; g += 16) {
         const __m512 zero = layout.zero == nullptr ? middle : zeros_at<K>(call, row, g, zeros);
         const __m512 weight = _mm512_mul_ps(scales_at(layout, base + g, n - g), zero);
-        const __mmask16 here = first_lanes(n - g);
         for (int t = 0; t < K::Tokens; ++t)
-            shift[t] = _mm512_fmadd_ps(weight, _mm512_maskz_loadu_ps(here, call.group_sums[t] + g), shift[t]);
+            shift[t] = _mm512_fmadd_ps(weight, _mm512_loadu_ps(call.group_sums[t] + g), shift[t]);
     }
 }
 
@@ -71,7 +81,7 @@ TERSOR_512_INLINE void fetch(const Call<K>& call, int64_t row, int64_t group, bo
     for (int r = 0; r < K::Rows; ++r) scales[r] = scales_at(call.layout, (row + r) * n + group, left);
     if (!weigh) return;
     for (int t = 0; t < K::Tokens; ++t) {
-        const __m512 sums = _mm512_maskz_loadu_ps(first_lanes(left), call.group_sums[t] + group);
+        const __m512 sums = _mm512_loadu_ps(call.group_sums[t] + group);
         for (int r = 0; r < K::Rows; ++r) weighed[r][t] = _mm512_fmadd_ps(scales[r], sums, weighed[r][t]);
     }
 }
@@ -97,8 +107,7 @@ TERSOR_512_INLINE void one_group(const Call<K>& call, int64_t row, const typenam
         for (int64_t s = 0; s < call.steps; ++s, codes += call.cut.bytes) step<K>(call, codes, table, s, sum);
     }
     for (int r = 0; r < K::Rows; ++r) {
-        const __m512 first = scales_at(call.layout, row + r, 1);
-        const __m512 scale = _mm512_broadcastss_ps(_mm512_castps512_ps128(first));
+        const __m512 scale = _mm512_set1_ps(scale_at(call.layout, row + r));
         for (int t = 0; t < K::Tokens; ++t) {
             result[r][t] = _mm512_mul_ps(total<K>(sum[r][t]), scale);
             weighed[r][t] = _mm512_maskz_mul_ps(1, scale, _mm512_set1_ps(*call.group_sums[t]));
@@ -165,33 +174,36 @@ TERSOR_512_INLINE void small_groups(const Call<K>& call, int64_t row, const type
     }
 }
 
-// The sum of the lanes of each of `Count` vectors, 4, 2 or 1, always in the same order.
-template <int Count>
-TERSOR_512_INLINE void add_lanes(const __m512* lanes, float* sums) {
-    if constexpr (Count == 4) {
-        const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(lanes[0], lanes[1]), _mm512_unpackhi_ps(lanes[0], lanes[1]));
-        const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(lanes[2], lanes[3]), _mm512_unpackhi_ps(lanes[2], lanes[3]));
-        const __m512d ad = _mm512_castps_pd(a), bd = _mm512_castps_pd(b);
-        const __m512 all = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ad, bd)),
-                                         _mm512_castpd_ps(_mm512_unpackhi_pd(ad, bd)));
-        const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
-        _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
-    } else if constexpr (Count == 2) {
-        const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(lanes[0], lanes[1]), _mm512_unpackhi_ps(lanes[0], lanes[1]));
-        const __m512d d = _mm512_castps_pd(a);
-        const __m512 all = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(d, d)),
-                                         _mm512_castpd_ps(_mm512_unpackhi_pd(d, d)));
-        const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
-        const __m128 both = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-        _mm_storel_pi(reinterpret_cast<__m64*>(sums), both);
-    } else {
-        static_assert(Count == 1);
-        const __m512 pair = _mm512_add_ps(_mm512_unpacklo_ps(lanes[0], lanes[0]), _mm512_unpackhi_ps(lanes[0], lanes[0]));
-        const __m512d d = _mm512_castps_pd(pair);
-        const __m512 all = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(d, d)),
-                                         _mm512_castpd_ps(_mm512_unpackhi_pd(d, d)));
-        const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
-        sums[0] = _mm_cvtss_f32(_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+// The sum of the lanes of each of 16 vectors, always in the same order.
+TERSOR_512_INLINE __m512 lane_sums(const float (&lanes)[16][16]) {
+    __m512 four[4];  // of rows 4 i to 4 i + 3: sums of four lanes, for each quarter of the vectors
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        const __m512 a = _mm512_load_ps(lanes[4 * i]), b = _mm512_load_ps(lanes[4 * i + 1]);
+        const __m512 c = _mm512_load_ps(lanes[4 * i + 2]), d = _mm512_load_ps(lanes[4 * i + 3]);
+        const __m512d ab = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+        const __m512d cd = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
+        four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+    }
+    const __m512 a = _mm512_add_ps(_mm512_shuffle_f32x4(four[0], four[1], 0x44), _mm512_shuffle_f32x4(four[0], four[1], 0xee));
+    const __m512 b = _mm512_add_ps(_mm512_shuffle_f32x4(four[2], four[3], 0x44), _mm512_shuffle_f32x4(four[2], four[3], 0xee));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+}
+
+// What up to 16 rows give, from `first` on: the sums of their lanes times their factors.
+template <class K>
+TERSOR_512_INLINE void write_rows(const Call<K>& call, const float (&lanes)[K::Tokens][16][16], const float* scales,
+                                  int64_t first, int64_t count, float* y, int64_t stride) {
+    const RowLayout& layout = call.layout;
+    const __mmask16 here = first_lanes(count);
+    __m512 factor = layout.factor.size() > 1 ? _mm512_maskz_loadu_ps(here, layout.factor.data() + first)
+                                             : _mm512_set1_ps(layout.factor[0]);
+    if (layout.super != nullptr)
+        factor = _mm512_mul_ps(factor, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(here, layout.super + first)));
+    for (int t = 0; t < K::Tokens; ++t) {
+        const __m512 sums = lane_sums(lanes[t]);
+        _mm512_mask_storeu_ps(y + t * stride + first, here,
+                              _mm512_mul_ps(_mm512_mul_ps(factor, _mm512_set1_ps(scales[t])), sums));
     }
 }
 
@@ -206,8 +218,10 @@ TERSOR_512 void rows_of(Call<K>& call, const RowInputs& inputs, int64_t first, i
     const uint8_t* begin = layout.codes + first * layout.row_bytes;
     for (int64_t i = 0; i < std::min(bytes, AHEAD); i += 64) _mm_prefetch(reinterpret_cast<const char*>(begin + i), _MM_HINT_T1);
     typename K::Tables table;
+    alignas(64) float lanes[K::Tokens][16][16] = {};
     for (int64_t row = first; row < last; row += K::Rows) {
         call.ahead = (row - first) * layout.row_bytes + AHEAD < bytes ? AHEAD : 0;
+        call.plain = row + K::Rows <= call.free_rows ? call.steps : call.plain_at_end;
         if (K::Planes > 0 && (row == first || layout.tables > 1)) {
             for (int r = 0; r < K::Rows; ++r) {
                 const int64_t at = layout.tables > 1 ? (row + r) * layout.table_width : 0;
@@ -222,25 +236,25 @@ TERSOR_512 void rows_of(Call<K>& call, const RowInputs& inputs, int64_t first, i
         if constexpr (Kind == Groups::small) small_groups<K>(call, row, table, result, weighed);
         if constexpr (Kind == Groups::step) whole_steps<K, 1>(call, row, table, result, weighed);
         if constexpr (Kind == Groups::steps) whole_steps<K, 0>(call, row, table, result, weighed);
-        float sums[K::Rows * K::Tokens];
+        const int64_t held = (row - first) % 16;
+#pragma GCC unroll 4
         for (int r = 0; r < K::Rows; ++r) {
             if (call.fetched_once) {
                 const __m512 middle = _mm512_set1_ps(layout.middle.size() > 1 ? layout.middle[row + r] : layout.middle[0]);
                 for (int t = 0; t < K::Tokens; ++t)
-                    result[r][t] = _mm512_fnmadd_ps(weighed[r][t], middle, result[r][t]);
+                    _mm512_store_ps(lanes[t][held + r], _mm512_fnmadd_ps(weighed[r][t], middle, result[r][t]));
                 continue;
             }
             __m512 shift[K::Tokens];
             shifts<K>(call, row + r, shift);
-            for (int t = 0; t < K::Tokens; ++t) result[r][t] = _mm512_sub_ps(result[r][t], shift[t]);
-        }
-        add_lanes<K::Rows * K::Tokens>(&result[0][0], sums);
-        for (int r = 0; r < K::Rows; ++r) {
-            float factor = layout.factor.size() > 1 ? layout.factor[row + r] : layout.factor[0];
-            if (layout.super != nullptr) factor *= _cvtsh_ss(layout.super[row + r]);
             for (int t = 0; t < K::Tokens; ++t)
-                y[(token + t) * stride + row + r] = factor * inputs.rounded.scale[token + t] * sums[r * K::Tokens + t];
+                _mm512_store_ps(lanes[t][held + r], _mm512_sub_ps(result[r][t], shift[t]));
         }
+        // Not row by row: that is a long way from one instruction to the next, as long as a short row takes.
+        const int64_t end = row + K::Rows;
+        if (held + K::Rows == 16 || end == last)
+            write_rows<K>(call, lanes, inputs.rounded.scale.data() + token, row - held, end - (row - held),
+                          y + token * stride, stride);
     }
 }
 
@@ -264,17 +278,22 @@ TERSOR_512 void loop(const RowLayout& layout, const RowInputs& inputs, int64_t f
     const Cut cut = cut_of(layout);
     const __mmask64 whole = first_bytes(cut.bytes), tail = first_bytes(layout.row_bytes - (steps - 1) * cut.bytes);
     const int64_t plain = layout.row_bytes < 64 ? 0 : (layout.row_bytes - 64) / cut.bytes + 1;
-    Call<K> call{layout, {}, {}, {}, cut, steps, plain, whole, tail, layout.lanes.data(), layout.per_fetch, AHEAD, fetched_once};
+    // What a step fetches beyond its row belongs to the rows after it, and is multiplied by inputs of zero.
+    const int64_t beyond = std::max<int64_t>((steps - 1) * cut.bytes + 64 - layout.row_bytes, 0);
+    const int64_t free_rows = layout.rows - (beyond + layout.row_bytes - 1) / layout.row_bytes;
+    Call<K> call{layout, {}, {}, {}, cut, steps, 0, plain, free_rows, whole, tail, layout.lanes.data(), layout.per_fetch, AHEAD,
+                 fetched_once};
     for (int t = 0; t < K::Tokens; ++t) {
         call.high[t] = inputs.high_of(token + t);
         call.low[t] = K::Two ? inputs.low_of(token + t) : nullptr;
-        call.group_sums[t] = inputs.group_sums.data() + (token + t) * layout.groups;
+        call.group_sums[t] = inputs.sums_of(token + t);
     }
     const int64_t most = first + (last - first) / K::Rows * K::Rows;
     rows_for<K>(call, inputs, first, most, token, y, stride);
     if (most == last) return;
     using One = Kind<K::Slices, K::Spread, K::Planes, K::Wide, K::Two, 1, K::Tokens>;
-    Call<One> one{layout, {}, {}, {}, cut, steps, plain, whole, tail, layout.lanes.data(), layout.per_fetch, AHEAD, fetched_once};
+    Call<One> one{layout, {}, {}, {}, cut, steps, 0, plain, free_rows, whole, tail, layout.lanes.data(), layout.per_fetch, AHEAD,
+                  fetched_once};
     std::copy_n(call.high, K::Tokens, one.high);
     std::copy_n(call.low, K::Tokens, one.low);
     std::copy_n(call.group_sums, K::Tokens, one.group_sums);
