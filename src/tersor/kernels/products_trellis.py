@@ -12,14 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tersor.kernels.products import Product
+from tersor.kernels.products import Product, compiled, raw
 from tersor.kernels.reference_products import STEPS
 from tersor.kernels.reference_trellis import columns_apart, states, window_map
-
-try:
-    from tersor.kernels import _products  # type: ignore[attr-defined]
-except ImportError:
-    _products = None
 
 
 @dataclass(frozen=True)
@@ -46,9 +41,9 @@ def trellis(codes: Tensor, scale: Tensor, code: TrellisCode, *, tile: int, colum
     ``scale``: ``(rows, 1)`` float16. Codes are used where they lie, and kept alive. Raises ValueError for what does not
     fit together.
     """
-    return _products.trellis(  # type: ignore[no-any-return, union-attr]
-        codes.detach().contiguous().numpy(),
-        scale.detach().float().flatten().contiguous().numpy(),
+    return compiled().trellis(  # type: ignore[no-any-return]
+        raw(codes),
+        raw(scale.float().flatten()),
         tile,
         columns,
         code.bits,
