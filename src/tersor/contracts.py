@@ -188,10 +188,7 @@ class LeafCodec(Codec):
         """
 
     def prepare_segment(self, side: Side, weight: Tensor, start: int, importance: Tensor | None = None) -> Side:
-        """Side information with the segment that begins at column ``start`` chosen anew for ``weight (rows, segment)``.
-
-        Default: unchanged.
-        """
+        """Side information, the segment at ``start`` chosen anew for ``weight (rows, segment)``; default: the same."""
         return side
 
     @abstractmethod
@@ -201,6 +198,10 @@ class LeafCodec(Codec):
         ``columns``: int64 column numbers in the layer, in whole spans. Returns codes ``(rows, len(columns) / span)``
         int32 and values like ``target``. Values already representable are returned unchanged. Pure.
         """
+
+    def round_span(self, target: Tensor, side: Side, columns: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`round` for one span, by least ``|(t − v) root|``, ``root (span, span)``; default: :meth:`round`."""
+        return self.round(target, side, columns)
 
     def round_all(
         self, target: Tensor, side: Side, columns: Tensor, reference: Tensor, mixing: Tensor

@@ -84,6 +84,14 @@ class RowScaled(LeafCodec):
         codes = self._codes(target, side["scale"])
         return codes, self.unit(codes).flatten(1) * side["scale"]
 
+    def closest_under(self, target: Tensor, root: Tensor) -> Tensor:
+        """:meth:`closest` by ``|(t − v) root|`` with ``root (span, span)``. Default: by plain distance."""
+        return self.closest(target)
+
+    def round_span(self, target: Tensor, side: Side, columns: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
+        codes = self.closest_under(target / side["scale"], root)[:, None]
+        return codes, self.unit(codes).flatten(1) * side["scale"]
+
     def _codes(self, target: Tensor, scale: Tensor) -> Tensor:
         vectors = (target / scale).reshape(-1, self.span)
         pieces = [self.closest(piece) for piece in vectors.split(_CHUNK)]  # type: ignore[no-untyped-call]

@@ -3,13 +3,14 @@
 With ``H = R Rᵀ``, ``R`` upper triangular, the distortion of a row with error ``e = w − v`` is
 ``Σ_j (Σ_{k≤j} e_k R_kj)²``. Rounding columns left to right towards ``t_j = w_j + Σ_{k<j} (w_k − v_k) R_kj / R_jj``
 makes term ``j`` equal to ``R_jj² (t_j − v_j)²``: each column's rounding error counts with its pivot ``R_jj²`` alone.
+With spans ``J`` of several columns (block LDLQ, arXiv:2402.04396) it is ``|(t_J − v_J) R_JJ|²``.
 No inverse of ``H`` is needed, only this one Cholesky factor.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -31,6 +32,8 @@ class FeedbackFactor:
 
     ``mixing (in, in)``: ``−R_jk / R_kk`` above the diagonal, 0 elsewhere; with spans of several columns ``J``,
     ``−R_·J R_JJ⁻¹`` above the diagonal blocks. ``pivots (in,)``: ``R_jj²``.
+    ``roots (in / span, span, span)``: the blocks ``R_JJ``, each over the root mean square of its diagonal; None for
+    spans of one column.
     ``order (in,)``: column numbers. ``gram (in, in)``: ``H`` in the layer's own order. ``damping``: what was added to
     the diagonal, as a fraction of its mean. ``natural``: the order is left to right.
     """
@@ -41,6 +44,7 @@ class FeedbackFactor:
     gram: Tensor
     damping: float
     natural: bool
+    roots: Tensor | None = None
 
 
 def factor(gram: Tensor, *, damping: float, order: Tensor, natural: bool, span: int = 1) -> FeedbackFactor:
@@ -77,9 +81,8 @@ def factor(gram: Tensor, *, damping: float, order: Tensor, natural: bool, span: 
         stop = min(start + _STRETCH, count)
         upper = lower[count - stop : count - start].flip(0).flip(1)
         mixing[start:stop] = torch.triu(-upper / pivots[None, :], 1 + start) if span == 1 else upper
-    if span > 1:
-        _mix_spans(mixing, span)
-    return FeedbackFactor(mixing, (pivots * pivots).float(), order, gram, used, natural)
+    roots = _mix_spans(mixing, span) if span > 1 else None
+    return FeedbackFactor(mixing, (pivots * pivots).float(), order, gram, used, natural, roots)
 
 
 def _cholesky(matrix: Tensor, order: Tensor, damping: Tensor) -> Tensor | None:
@@ -107,13 +110,20 @@ class ErrorFeedback(Solver):
     the largest ``H_jj`` first, with side information chosen beforehand; ``natural`` goes left to right and chooses a
     group's scale when it is reached, from weights as moved so far (docs/LOG.md has the comparison). ``block``: columns
     between two updates of all the rest (a matrix product each). ``refit``: finish with the codec's best side
-    information for the codes found.
+    information for the codes found. ``metric``: where a code stands for several columns ``J``, ``span`` chooses it by
+    ``|(t − v) R_JJ|``, which is what its error adds to the distortion, ``plain`` in the codec's own metric.
     """
 
     damping: float = 0.01
     order: Literal["natural", "activation"] = "activation"
     block: int = 128
     refit: bool = True
+    metric: Literal["span", "plain"] = "span"
+
+    def __repr__(self) -> str:
+        """With no ``metric`` where it is the usual one: surveys find what they have measured by this text."""
+        names = [one.name for one in fields(self) if one.name != "metric" or self.metric != "span"]
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
     def prepare(self, gram: Gram | None, span: int = 1) -> FeedbackFactor:
         assert gram is not None
@@ -133,6 +143,7 @@ class ErrorFeedback(Solver):
         pivots = torch.empty_like(prepared.pivots)
         pivots[prepared.order] = prepared.pivots
         side = codec.prepare(weight, pivots)
+        roots = prepared.roots if self.metric == "span" else None
         segment = codec.segment(columns)
         moving = prepared.natural and segment < columns
         step = segment if moving else _whole_spans(self.block, codec.span)
@@ -151,6 +162,7 @@ class ErrorFeedback(Solver):
                 mixing=prepared.mixing[here, here].contiguous(),
                 columns=prepared.order[here],
                 in_features=columns,
+                roots=None if roots is None else roots[here.start // codec.span : -(-here.stop // codec.span)],
             )
             codes[:, here.start // codec.span : -(-here.stop // codec.span)] = block_codes
             target[:, here.stop :] += (values - reference[:, here]) @ prepared.mixing[here, here.stop :]
@@ -158,13 +170,19 @@ class ErrorFeedback(Solver):
         return Encoded(encoded.codes, codec.refit(weight, encoded, prepared.gram)) if self.refit else encoded
 
 
-def _mix_spans(upper: Tensor, span: int) -> None:
-    """Turn ``R (in, in)``, in place, into ``−R_·J R_JJ⁻¹`` above its diagonal blocks of ``span`` columns, else 0."""
+def _mix_spans(upper: Tensor, span: int) -> Tensor:
+    """Turn ``R (in, in)``, in place, into ``−R_·J R_JJ⁻¹`` above its diagonal blocks of ``span`` columns, else 0.
+
+    Returns the blocks, as :class:`FeedbackFactor` has them.
+    """
+    roots = torch.empty(len(upper) // span, span, span)
     for start in range(0, len(upper), span):
         here = slice(start, start + span)
         own = upper[here, here].double()
+        roots[start // span] = own / own.diagonal().square().mean().sqrt()
         upper[:start, here] = -torch.linalg.solve_triangular(own, upper[:start, here].double(), upper=True, left=False)
         upper[start:, here] = 0.0
+    return roots
 
 
 def _whole_spans(block: int, span: int) -> int:

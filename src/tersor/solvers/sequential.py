@@ -21,11 +21,13 @@ def sequential_round(
     mixing: Tensor,
     columns: Tensor,
     in_features: int,
+    roots: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Codes ``(rows, n / span)`` and values ``(rows, n)`` for a block of ``n`` columns.
 
     After each span ``J`` is rounded to ``v_J``, later targets become ``t_K += (v_J − reference_J) · mixing[J, K]``.
     ``target``, ``reference``: ``(rows, n)``; ``mixing``: ``(n, n)``; ``columns``: ``(n,)`` column numbers in the layer.
+    ``roots (n / span, span, span)``: metrics of the spans (see :meth:`LeafCodec.round_span`); None for the codec's own.
     """
     grid = codec.grid(side, in_features)
     if grid is not None:
@@ -39,7 +41,10 @@ def sequential_round(
     all_codes, all_values = [], []
     for start in range(0, target.shape[1], span):
         here = slice(start, start + span)
-        codes, values = codec.round(moved[:, here], side, columns[here])
+        if roots is None:
+            codes, values = codec.round(moved[:, here], side, columns[here])
+        else:
+            codes, values = codec.round_span(moved[:, here], side, columns[here], roots[start // span])
         moved[:, start + span :] += (values - reference[:, here]) @ mixing[here, start + span :]
         all_codes.append(codes)
         all_values.append(values)
