@@ -292,3 +292,25 @@ def test_logits_that_are_no_numbers_are_told() -> None:
     model.model.layers[0].mlp.down_proj.weight.data[0, 0] = float("inf")
     with pytest.raises(UnknownArchitecture, match="not finite"):
         Decoder.of(model, context=32)
+
+
+@pytest.mark.parametrize("codec", ["int4:g32", "trellis2:L8"])
+def test_threads_that_fetch_ahead_for_each_other_give_the_same_bits(codec: str) -> None:
+    model = build("llama", hidden_size=192, intermediate_size=1280, num_attention_heads=4, num_key_value_heads=2)
+    pack(model, codec)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            decoder = Decoder.of(model, context=64)
+            found.append(torch.stack([decoder.feed([token]).clone() for token in PROMPT]))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_of_equally_likely_tokens_the_first_is_chosen(dtype: torch.dtype) -> None:
+    logits = torch.tensor([-2.0, 1.5, 0.0, 1.5], dtype=dtype, requires_grad=True)
+    assert Chooser()(logits) == 1

@@ -129,6 +129,7 @@ class Rotated final : public Product {
     std::unique_ptr<Job> begin(ReadyPtr inputs, float* y, int64_t stride, const Options& options) const override {
         return inner_->begin(std::move(inputs), y, stride, options);
     }
+    Beginning beginning(int64_t part, const Options& options) const override { return inner_->beginning(part, options); }
 
     bool read_row(int64_t row, float* to) const override {
         if (!inner_->read_row(row, to)) return false;
@@ -253,6 +254,7 @@ class Scaled final : public Product {
     std::unique_ptr<Job> begin(ReadyPtr inputs, float* y, int64_t stride, const Options& options) const override {
         return inner_->begin(std::move(inputs), y, stride, options);
     }
+    Beginning beginning(int64_t part, const Options& options) const override { return inner_->beginning(part, options); }
 
     bool read_row(int64_t row, float* to) const override {
         if (!inner_->read_row(row, to)) return false;
@@ -294,7 +296,7 @@ class Stacked final : public Product {
     Stacked(std::vector<ProductPtr> all, int64_t rows, int64_t columns) : Product(rows, columns), all_(std::move(all)) {}
 
     void apply(const float* x, int64_t tokens, float* y, int64_t stride, const Options& options) const override {
-        all_.apply(x, tokens, outputs(y, stride), options);
+        all_.apply(x, tokens, outputs(y, stride), options, nullptr);
     }
     bool in_steps() const override { return all_.in_steps(); }
     bool takes_ready_of(const Product& other) const override {

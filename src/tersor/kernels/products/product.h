@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "ahead.h"
+
 namespace tersor {
 
 // Instructions that the loops of a product may use. `isa()` is the best that the machine has, or less where `limit_isa`
@@ -39,6 +41,7 @@ class Job {
     virtual ~Job() = default;
     virtual void run(int64_t part) const = 0;
     virtual void end() const {}
+    virtual Beginning beginning(int64_t) const { return {}; }
 
     const int64_t parts;
 };
@@ -62,6 +65,9 @@ class Product {
     virtual bool takes_ready_of(const Product&) const { return false; }
     virtual ReadyPtr ready(const float*, int64_t, const Options&) const { return nullptr; }
     virtual std::unique_ptr<Job> begin(ReadyPtr, float*, int64_t, const Options&) const { return nullptr; }
+
+    // Where part `part` of a job for one token begins, for products that tell.
+    virtual Beginning beginning(int64_t, const Options&) const { return {}; }
 
     // Writes row `row` of the weight (columns,), as embeddings need it. False, and nothing written, where a product has
     // no short way to it.

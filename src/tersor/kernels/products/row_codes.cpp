@@ -268,9 +268,14 @@ class RowCodes final : public Product {
         const RowLoop loop = isa() == Isa::avx512 ? rows_avx512 : isa() == Isa::avx2 ? rows_avx2 : rows_portable;
         const auto& inputs = static_cast<const RowReady&>(*ready).inputs;
         const int64_t each = rows_of_part(layout_, inputs.rounded.tokens, options);
-        return job_over_rows(rows, each, [this, loop, ready = std::move(ready), &inputs, y, stride](int64_t first, int64_t last) {
+        const auto rows_from = [this, loop, ready = std::move(ready), &inputs, y, stride](int64_t first, int64_t last) {
             loop(layout_, inputs, first, last, y, stride);
-        });
+        };
+        if (inputs.rounded.tokens > 1) return job_over_rows(rows, each, rows_from);  // codes are read once for each of them
+        return job_over_rows(rows, each, rows_from, [this, each](int64_t part) { return at_row(part * each); });
+    }
+    Beginning beginning(int64_t part, const Options& options) const override {
+        return at_row(part * rows_of_part(layout_, 1, options));
     }
     bool read_row(int64_t row, float* to) const override {
         if (layout_.table_planes == 2) return false;  // such tables are rounded for products
@@ -293,6 +298,12 @@ class RowCodes final : public Product {
     }
 
   private:
+    Beginning at_row(int64_t row) const {
+        if (row >= rows) return {};
+        const auto* scales = static_cast<const uint8_t*>(layout_.scale);
+        return {layout_.codes + row * layout_.row_bytes, scales == nullptr ? nullptr : scales + row * layout_.scale_bytes()};
+    }
+
     RowLayout layout_;
     Stored stored_;
 };

@@ -41,6 +41,7 @@ struct RowLayout {
     uint8_t place[64], shift[64];            // of a step's codes that are spread: a byte's, and the first slice's
     uint8_t zero_place[64], zero_shift[64];  // the same of zeros, of which 64 are spread at a time
 
+    int64_t scale_bytes() const { return groups * (kind == ScaleKind::s8 ? 1 : 2); }  // of a row
     bool wide_table() const { return table_width > 64; }
 };
 

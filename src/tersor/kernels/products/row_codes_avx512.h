@@ -22,6 +22,8 @@ namespace {
 
 // Bytes between what is used and what is fetched from memory while there are so many.
 constexpr int64_t AHEAD = 16384;
+// The same for scales, in rows.
+constexpr int64_t SCALES_AHEAD = 8;
 // Bytes between what is used and what is fetched into the first-level cache.
 constexpr int64_t SOON = 512;
 // Bits of the codes that are spread two to a byte.
@@ -94,7 +96,7 @@ struct Call {
     __mmask64 whole, tail;  // bytes of a step, and of a row's last one
     const int32_t* lanes;   // of small groups: 16 for every step of a fetch (of all steps, where a fetch is one step)
     int64_t per_fetch;
-    int64_t ahead;          // bytes between what is used and what is fetched: AHEAD, or none where other callers go on
+    int64_t ahead;          // bytes between what is used and what is fetched: AHEAD, or what leads to the next part
     bool fetched_once;      // every scale is fetched once on the way, and there is one zero for all groups of a row
 };
 

@@ -14,6 +14,10 @@ TERSOR_512_INLINE __mmask16 first_lanes(int64_t count) {
     return count >= 16 ? 0xffff : static_cast<__mmask16>((1u << count) - 1);
 }
 
+TERSOR_512_INLINE void fetch_bytes(const uint8_t* from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(from + i), _MM_HINT_T1);
+}
+
 // Stored scales from entry `at` on, 16 of them, or the `count` that are left; without the second-level scale.
 TERSOR_512_INLINE __m512 scales_at(const RowLayout& layout, int64_t at, int64_t count) {
     const __mmask16 here = first_lanes(count);
@@ -23,7 +27,7 @@ TERSOR_512_INLINE __m512 scales_at(const RowLayout& layout, int64_t at, int64_t 
         return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
     }
     const uint16_t* from = static_cast<const uint16_t*>(layout.scale) + at;
-    _mm_prefetch(reinterpret_cast<const char*>(from + 8 * layout.groups), _MM_HINT_T1);
+    _mm_prefetch(reinterpret_cast<const char*>(from + SCALES_AHEAD * layout.groups), _MM_HINT_T1);
     // Masked fetches are several times as slow, and there are most often other rows' scales to fetch with these.
     const __m256i halves = at + 16 <= layout.rows * layout.groups
                                ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))
@@ -216,11 +220,15 @@ TERSOR_512 void rows_of(Call<K>& call, const RowInputs& inputs, int64_t first, i
     const RowLayout& layout = call.layout;
     const int64_t bytes = (last - first) * layout.row_bytes;
     const uint8_t* begin = layout.codes + first * layout.row_bytes;
-    for (int64_t i = 0; i < std::min(bytes, AHEAD); i += 64) _mm_prefetch(reinterpret_cast<const char*>(begin + i), _MM_HINT_T1);
+    if (ahead.fetched != begin) fetch_bytes(begin, std::min(bytes, AHEAD));
+    const Beginning next = ahead.next;
+    // From the last codes of this part to the first of the next: added to what AHEAD is added to before.
+    const int64_t onwards = next.codes == nullptr ? 0 : AHEAD + (next.codes - (begin + bytes));
+    ahead.fetched = next.codes;
     typename K::Tables table;
     alignas(64) float lanes[K::Tokens][16][16] = {};
     for (int64_t row = first; row < last; row += K::Rows) {
-        call.ahead = (row - first) * layout.row_bytes + AHEAD < bytes ? AHEAD : 0;
+        call.ahead = (row - first) * layout.row_bytes + AHEAD < bytes ? AHEAD : onwards;
         call.plain = row + K::Rows <= call.free_rows ? call.steps : call.plain_at_end;
         if (K::Planes > 0 && (row == first || layout.tables > 1)) {
             for (int r = 0; r < K::Rows; ++r) {
@@ -256,6 +264,7 @@ TERSOR_512 void rows_of(Call<K>& call, const RowInputs& inputs, int64_t first, i
             write_rows<K>(call, lanes, inputs.rounded.scale.data() + token, row - held, end - (row - held),
                           y + token * stride, stride);
     }
+    if (next.scales != nullptr) fetch_bytes(next.scales, SCALES_AHEAD * layout.scale_bytes());
 }
 
 template <class K>
@@ -303,8 +312,10 @@ TERSOR_512 void loop(const RowLayout& layout, const RowInputs& inputs, int64_t f
 template <int Slices, bool Spread, int Planes, bool Wide, bool Two>
 TERSOR_512 void tokens(const RowLayout& layout, const RowInputs& inputs, int64_t first, int64_t last, float* y,
                        int64_t stride) {
-    // Several rows at a time, so that what is fetched of the inputs serves all of them; as many as registers hold.
-    constexpr int ROWS = Wide ? 1 : Spread && Slices == 2 && Planes == 2 ? 2 : 4;
+    // Several rows at a time, so that what is fetched of the inputs serves all of them; as many as registers hold. Codes of
+    // 4 bits wait for memory, which gives two rows at a time faster than four.
+    constexpr bool BOUND_BY_MEMORY = Slices == 2 && !Spread && Planes == 0;
+    constexpr int ROWS = Wide ? 1 : BOUND_BY_MEMORY || (Spread && Slices == 2 && Planes == 2) ? 2 : 4;
     int64_t t = 0;
     for (; t + 4 <= inputs.rounded.tokens; t += 4)
         loop<Kind<Slices, Spread, Planes, Wide, Two, 1, 4>>(layout, inputs, first, last, t, y, stride);

@@ -36,13 +36,14 @@ struct Multiply : Operation {
     std::vector<View> y;
     Together products;
     std::vector<const float*> biases;
+    const Together* then = nullptr;  // what is multiplied next in the program
 
     Multiply(View x, std::vector<View> y, std::vector<ProductPtr> products, std::vector<const float*> biases)
         : x(x), y(std::move(y)), products(std::move(products)), biases(std::move(biases)) {
         for (const View& to : this->y) outputs_.push_back({to.data, to.stride});
     }
     void run(const Step& step) const override {
-        products.apply(x.data, step.tokens, outputs_, step.options);
+        products.apply(x.data, step.tokens, outputs_, step.options, step.tokens > 1 ? nullptr : then);
         for (size_t i = 0; i < y.size(); ++i)
             if (biases[i] != nullptr)
                 for (int64_t t = 0; t < step.tokens; ++t) step.loops.add(biases[i], y[i].row(t), y[i].width);
@@ -164,7 +165,10 @@ class Program {
                     "a bias has a value for every output");
             added.push_back(bias ? hold(*bias) : nullptr);
         }
-        add_operation<Multiply>(from, std::move(outputs), std::move(products), std::move(added));
+        auto made = std::make_unique<Multiply>(from, std::move(outputs), std::move(products), std::move(added));
+        if (last_ != nullptr) last_->then = &made->products;
+        last_ = made.get();
+        operations_.push_back({std::move(made), alone_});
     }
 
     void norm(Rows x, Rows y, Values weight, std::optional<Values> bias, float eps, bool centred) {
@@ -296,6 +300,7 @@ class Program {
     const int64_t tokens_, context_;
     bool alone_ = false;
     std::vector<Entry> operations_;
+    Multiply* last_ = nullptr;  // of the products so far
     std::vector<nb::ndarray<>> held_;  // keeps the buffers alive
 };
 

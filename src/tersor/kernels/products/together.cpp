@@ -1,5 +1,6 @@
 #include "together.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "pool.h"
@@ -20,6 +21,11 @@ class AllJobs final : public Job {
         for (; part >= jobs_[i]->parts; ++i) part -= jobs_[i]->parts;
         jobs_[i]->run(part);
     }
+    Beginning beginning(int64_t part) const override {
+        size_t i = 0;
+        for (; part >= jobs_[i]->parts; ++i) part -= jobs_[i]->parts;
+        return jobs_[i]->beginning(part);
+    }
     void end() const override {
         for (const auto& job : jobs_) job->end();
     }
@@ -34,8 +40,15 @@ class AllJobs final : public Job {
     std::vector<std::unique_ptr<Job>> jobs_;
 };
 
-void finish(const Job& job, const Options& options) {
-    parallel(job.parts, options.threads, [&](int64_t part) { job.run(part); });
+// Threads that are equally fast take parts in turn, which is what they are told to expect.
+void finish(const Job& job, const Options& options, const Together* then) {
+    parallel(job.parts, options.threads, [&](int64_t part) {
+        const int64_t next = part + std::max(options.threads, 1);
+        ahead.next = next < job.parts  ? job.beginning(next)
+                     : then != nullptr ? then->beginning(next - job.parts, options)
+                                       : Beginning{};
+        job.run(part);
+    });
     job.end();
 }
 
@@ -75,15 +88,16 @@ std::unique_ptr<Job> Together::begin(ReadyPtr inputs, const std::vector<Output>&
     return std::make_unique<AllJobs>(std::move(jobs));
 }
 
-void Together::apply(const float* x, int64_t tokens, const std::vector<Output>& outputs, const Options& options) const {
-    finish(*begin(ready(x, tokens, options), outputs, options), options);
+void Together::apply(const float* x, int64_t tokens, const std::vector<Output>& outputs, const Options& options,
+                     const Together* then) const {
+    finish(*begin(ready(x, tokens, options), outputs, options), options, then);
     if (in_steps_) return;
     for (size_t i = 0; i < all_.size(); ++i)
         if (!all_[i]->in_steps()) all_[i]->apply(x, tokens, outputs[i].y, outputs[i].stride, options);
 }
 
 void apply_in_steps(const Product& product, const float* x, int64_t tokens, const Output& output, const Options& options) {
-    finish(*product.begin(product.ready(x, tokens, options), output.y, output.stride, options), options);
+    finish(*product.begin(product.ready(x, tokens, options), output.y, output.stride, options), options, nullptr);
 }
 
 }  // namespace tersor

@@ -289,7 +289,9 @@ TERSOR_512 void add_products(const Code& code, const Tile& tile, int64_t first, 
         const int plain = static_cast<int>(std::clamp<int64_t>(readable - c / 4, 0, groups));
         const uint8_t* from = tile.codes + c / 4 * tile.step;
         if (plain > 0) {
-            const Block block{{from, tile.step, tile.plane, 4 * int64_t{units} - 64}, plain, from + plain * tile.step};
+            const uint8_t* further = from + plain * tile.step;
+            if (c + CHUNK >= last && ahead.next.codes != nullptr) further = ahead.next.codes;
+            const Block block{{from, tile.step, tile.plane, 4 * int64_t{units} - 64}, plain, further};
             all_blocks<Bits, Window, Planes>(code, block, units, true, inputs, c, parts);
         }
         for (int g = plain; g < groups; ++g) {

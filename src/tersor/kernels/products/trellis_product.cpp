@@ -53,6 +53,10 @@ class TrellisProduct final : public Product {
         return std::make_shared<TrellisReady>(x, tokens, columns, joins(), options);
     }
     std::unique_ptr<Job> begin(ReadyPtr inputs, float* y, int64_t stride, const Options& options) const override;
+    Beginning beginning(int64_t part, const Options& options) const override {
+        const int64_t span = columns_of_part(options.threads), spans = (columns + span - 1) / span;
+        return at(part / spans, part % spans * span);
+    }
     bool read_row(int64_t row, float* to) const override {
         const Tile tile = tile_of(row / stored_.tile);
         const auto here = static_cast<int>(row % stored_.tile);
@@ -70,6 +74,11 @@ class TrellisProduct final : public Product {
         const int64_t plane = 4 * stored_.units, step = unit_bytes(code_->bits) * plane, size = stored_.groups * step;
         return {stored_.codes + number * size, stored_.codes + stored_.tiles * size, step, plane,
                 static_cast<int>(rows_of(number))};
+    }
+    Beginning at(int64_t tile, int64_t column) const {
+        if (tile >= stored_.tiles) return {};
+        const Tile there = tile_of(tile);
+        return {there.codes + column / 4 * there.step, nullptr};
     }
     bool whole(int64_t tile_rows) const { return tile_rows % unit_rows(code_->bits) == 0; }
 
@@ -130,6 +139,9 @@ class TrellisJob final : public Job {
         });
     }
 
+    Beginning beginning(int64_t part) const override {
+        return product_.at(part / spans_, part % spans_ * span_);
+    }
     void end() const override {
         if (spans_ == 1) return;
         const int64_t tokens = inputs().planes.tokens, rows = product_.rows;
