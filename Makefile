@@ -21,7 +21,7 @@ DEVELOPER := $(VENV)/.installed-for-development
 comma := ,
 SLOW := note: no C++ compiler was found; everything works, but encoding takes about three times as long
 
-.PHONY: demo test lint sanitize test-plain bench bench-leaves bench-limit bench-allocation bench-sensitivity bench-memory bench-resume bench-peers bench-engines bench-w4a16 clean
+.PHONY: demo test lint sanitize test-plain bench bench-leaves bench-limit bench-allocation bench-sensitivity bench-memory bench-resume bench-peers bench-engines bench-w4a16 bench-kernels bench-decode clean
 .DELETE_ON_ERROR:
 
 demo: $(USER)
