@@ -87,7 +87,7 @@ class BinaryPlanes(GroupedScalar):
             scale = start.clamp(min=2.0**-24)
             for _ in range(_STEPS if count > 1 else 0):
                 scale = self._improved(weight, mass, scale)
-            values = self._nearest(weight, scale[:, None])[1]
+            values = self._nearest_of_group(weight, scale)[1]
             loss = (mass * (weight - values).square()).sum(1)
             result = torch.where((loss < best)[:, None], scale, result)
             best = torch.minimum(best, loss)
@@ -95,7 +95,7 @@ class BinaryPlanes(GroupedScalar):
 
     def _improved(self, weight: Tensor, mass: Tensor, scale: Tensor) -> Tensor:
         """Least squares for the scales ``(n, planes)`` with the codes that the old ones give."""
-        codes, _ = self._nearest(weight, scale[:, None])
+        codes, _ = self._nearest_of_group(weight, scale)
         units = torch.stack([self.plane(codes, plane) for plane in range(self.bits_per_code)], 1)
         weighted = units * mass[:, None]
         wanted = least_squares(weighted @ units.transpose(1, 2), (weighted * weight[:, None]).sum(2))
@@ -110,6 +110,18 @@ class BinaryPlanes(GroupedScalar):
         codes = torch.where(nearest, every, len(every)).amin(-1)
         values = torch.gather(levels.expand(distance.shape), -1, codes[..., None].long())[..., 0]
         return codes, values
+
+    def _nearest_of_group(self, target: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for whole groups ``target (n, group)`` with ``scale (n, planes)``: by how many middles lie below."""
+        levels, order = self._sum(torch.arange(2**self.bits_per_code, dtype=torch.int32), scale[:, None]).sort(
+            dim=1, stable=True
+        )
+        middles = (levels[:, :-1] + levels[:, 1:]) * 0.5
+        place = torch.zeros(target.shape, dtype=torch.uint8)
+        for middle in middles.T:
+            place += target > middle[:, None]
+        index = place.long()
+        return order.gather(1, index).to(torch.int32), levels.gather(1, index)
 
     def _sum(self, codes: Tensor, scale: Tensor) -> Tensor:
         """Values of codes with ``scale (…, planes)``: a product for each plane, added in order."""

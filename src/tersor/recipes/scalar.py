@@ -19,6 +19,9 @@ from tersor.solvers import Alternating, CoordinateDescent, ErrorFeedback, FullRa
 _RANGE_FACTOR = 0.9
 """FineQuant's alpha: a halved group must shrink the mean range below this part to be worth its scales."""
 
+_SAMPLED_ROWS = 128
+"""Rows that a split of exponent and mantissa is chosen by."""
+
 
 def _halvings(columns: int) -> list[int | None]:
     """The whole row, its half, its quarter, … while they divide it."""
@@ -107,8 +110,9 @@ def small_float(bits: float, shape: Shape) -> str:
 
 
 def best_float(weight: Tensor, codec: Codec) -> Codec:
-    """The split of exponent and mantissa with the least squared error, scales fitted to each."""
+    """The split of exponent and mantissa with the least squared error of some rows, scales fitted to each."""
     assert isinstance(codec, SmallFloat)
+    weight = weight[:: max(len(weight) // _SAMPLED_ROWS, 1)].contiguous()
     numbers = torch.arange(weight.shape[1])
     losses = {}
     for exponent in range(1, min(5, codec.bits_per_code - 1) + 1):

@@ -58,6 +58,7 @@ class RoundedGrid(Tunable):
         self._offset = torch.minimum(torch.maximum(exact, codes - _HALF), codes + _HALF) - exact
         self._learned = torch.zeros_like(exact)
         self._clip = torch.ones_like(self._scale)
+        self._rounded: tuple[Tensor, Tensor] | None = None
 
     def values(self) -> Tensor:
         codes, _ = self._codes()
@@ -73,6 +74,7 @@ class RoundedGrid(Tunable):
         self._learned.clamp_(-0.5, 0.5)
         self._clip -= rate * _SHARE * pull.sign()
         self._clip.clamp_(*_CLIP)
+        self._rounded = None
 
     def stored(self) -> dict[str, Tensor]:
         codes, _ = self._codes()
@@ -80,10 +82,12 @@ class RoundedGrid(Tunable):
         return self._codec.pack(Encoded(codes.reshape(self._shape).to(torch.int32), side), self._shape)
 
     def _codes(self) -> tuple[Tensor, Tensor]:
-        """Codes, and where they are not clipped."""
-        wish = self._weight / (self._scale * self._clip) + self._zero + self._offset + self._learned
-        codes = wish.round().clamp_(0, self._levels - 1)
-        return codes, (wish - codes).abs() <= 0.5
+        """Codes, and where they are not clipped; as found before when nothing has moved since."""
+        if self._rounded is None:
+            wish = (self._weight / (self._scale * self._clip)).add_(self._zero).add_(self._offset).add_(self._learned)
+            codes = wish.round().clamp_(0, self._levels - 1)
+            self._rounded = codes, wish.sub_(codes).abs_() <= 0.5
+        return self._rounded
 
 
 class FloatParts(Tunable):

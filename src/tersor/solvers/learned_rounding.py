@@ -11,6 +11,7 @@ nothing random here, and a few hundred steps do what takes thousands there.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tersor.contracts import Encoded, Gram, LeafCodec, ScalarGrid, Solver
+from tersor.contracts import Encoded, Gram, LeafCodec, ScalarGrid, Side, Solver
 from tersor.errors import BadInput
 from tersor.solvers.feedback import ErrorFeedback, FeedbackFactor
 from tersor.solvers.nearest import Nearest
@@ -93,29 +94,31 @@ class LearnedRounding(_Learned):
         part = ((weight - low) / torch.where(step == 0, 1.0, step)).clamp(0.0, 1.0)
         spread = (_REACH - 1) / 2
         free = torch.logit((part + spread) / _REACH)
-        unit = _unit(step, gram)
+        pull = step * (-2.0 * _REACH / _unit(step, gram))
+        # The error is base − cut · wide, where cut is the sigmoid between the values at which it is cut.
+        base, wide = weight - low + spread * step, step * _REACH
         adam = Adam(free)
+        soft, cut, error, slope, bend = (torch.empty_like(free) for _ in range(5))
         for index in range(self.iterations):
-            soft = torch.sigmoid(free)
-            share = (soft * _REACH - spread).clamp_(0.0, 1.0)
-            error = weight - low - share * step
-            slope = (error @ gram).mul_(-2.0 * step / unit)
-            slope += self._penalised(share, index)
-            # Where the sigmoid is cut it would not move again; as in the paper, the cut has no gradient.
-            slope *= torch.where((share > 0) & (share < 1), soft * (1 - soft) * _REACH, 0.0)
-            free -= adam.step(slope, self.rate)
+            torch.sigmoid(free, out=soft)
+            torch.clamp(soft, spread / _REACH, (1 + spread) / _REACH, out=cut)
+            torch.addcmul(base, cut, wide, value=-1.0, out=error)
+            torch.mm(error, gram, out=slope)
+            slope.mul_(pull)
+            self._penalise(slope, cut.mul(2 * _REACH).sub_(1 + 2 * spread), index)
+            # The slope of the sigmoid; where it is cut it would not move again: as in the paper, the cut has none.
+            slope.mul_(torch.addcmul(soft, soft, soft, value=-1.0, out=bend)).mul_(torch.eq(soft, cut, out=bend))
+            adam.descend(free, slope, self.rate)
         chosen = (torch.sigmoid(free) * _REACH - spread) > 0.5
         return Encoded((lower + chosen).to(torch.int32), first.side)
 
-    def _penalised(self, share: Tensor, index: int) -> Tensor:
-        """Slope of the penalty at step ``index``; its exponent goes down as a half cosine does."""
+    def _penalise(self, slope: Tensor, away: Tensor, index: int) -> None:
+        """Add the penalty's slope at step ``index``, ``away`` being ``2 h − 1``; the exponent falls as a cosine."""
         done = (index / self.iterations - _QUIET) / (1 - _QUIET)
-        if done < 0:
-            return torch.zeros_like(share)
-        top, end = _EXPONENTS
-        power = end + (top - end) * 0.5 * (1 + float(torch.cos(torch.tensor(done * torch.pi))))
-        away = 2 * share - 1
-        return away.sign() * away.abs().pow(power - 1) * (-2 * power * self.penalty)
+        if done >= 0:
+            top, end = _EXPONENTS
+            power = end + (top - end) * 0.5 * (1 + math.cos(done * math.pi))
+            slope.addcmul_(away, away.abs().pow_(power - 2), value=-2 * power * self.penalty * _REACH)
 
 
 @dataclass(frozen=True)
@@ -129,30 +132,41 @@ class LearnedPerturbation(_Learned):
     refits: int = 4
 
     def learn(self, weight: Tensor, codec: LeafCodec, first: Encoded, grid: ScalarGrid, gram: Tensor) -> Encoded:
-        columns = torch.arange(weight.shape[1])
-        best, side = first, first.side
+        columns = weight.shape[1]
+        best, best_side, side = first.codes.clone(), first.side, first.side
         least = _losses(weight, codec, first, gram)
         _, _, step = neighbours(weight, grid)
-        unit = _unit(step, gram)
-        moved = codec.values(first, weight.shape[1])
+        slant = step * (-2.0 / _unit(step, gram))
+        moved = codec.values(first, columns)
         inside = (weight - moved).abs() <= 0.5 * step.abs()
         # Where the start is nearest rounding this is the weight itself, as in the paper.
         moved = torch.where(inside, weight, moved)
         adam = Adam(weight)
+        pull, product = torch.empty_like(weight), torch.empty_like(weight)
         every = max(self.iterations // (self.refits + 1), 1)
         for index in range(self.iterations):
-            codes, values = codec.round(moved, side, columns)
-            error = weight - values
-            pull = error @ gram
-            loss = (pull * error).double().sum(1)
-            kept = (loss < least)[:, None]
-            least = torch.where(kept[:, 0], loss, least)
-            best = _chosen(kept, Encoded(codes, side), best)
-            change = adam.step(pull.mul_(-2.0 * step / unit), self.rate * (1 - index / self.iterations))
-            moved = moved - change * step
+            codes, values = _rounded(moved, codec, side, grid)
+            error = torch.sub(weight, values, out=values)
+            torch.mm(error, gram, out=pull)
+            loss = torch.mul(pull, error, out=product).sum(1, dtype=torch.float64)
+            rows = (loss < least).nonzero()[:, 0]
+            least[rows] = loss[rows]
+            best[rows] = codes[rows].to(best.dtype)
+            best_side = {name: kept.index_copy(0, rows, side[name][rows]) for name, kept in best_side.items()}
+            adam.descend(moved, pull.mul_(slant), self.rate * (1 - index / self.iterations), step)
             if index % every == every - 1 and index + 1 < self.iterations:
-                side = codec.refit(weight, Encoded(codes, side), gram)
-        return best
+                side = codec.refit(weight, Encoded(codes.to(torch.int32), side), gram)
+                grid = codec.grid(side, columns) or grid
+        return Encoded(best, best_side)
+
+
+def _rounded(target: Tensor, codec: LeafCodec, side: Side, grid: ScalarGrid) -> tuple[Tensor, Tensor]:
+    """What ``codec.round`` gives for all columns of ``target (rows, in)``; codes may be floats."""
+    if grid.zero is None or grid.offset is not None:
+        return codec.round(target, side, torch.arange(target.shape[1]))
+    scale, zero = grid.scale[:, :, None], grid.zero[:, :, None]
+    codes = (target.reshape(len(target), -1, grid.group) / scale).add_(zero).round_().clamp_(0, grid.levels - 1)
+    return codes.flatten(1), (codes - zero).mul_(scale).flatten(1)
 
 
 class Adam:
@@ -160,15 +174,19 @@ class Adam:
 
     def __init__(self, like: Tensor) -> None:
         self.mean, self.square, self.count = torch.zeros_like(like), torch.zeros_like(like), 0
+        self._size = torch.empty_like(like)
 
-    def step(self, slope: Tensor, rate: float) -> Tensor:
-        """What to take off the parameter."""
+    def descend(self, parameter: Tensor, slope: Tensor, rate: float, unit: Tensor | None = None) -> None:
+        """One step of ``parameter`` along ``slope``, in place; in units of ``unit``, as ``slope`` is."""
         self.count += 1
         first, second = _BETAS
-        self.mean.mul_(first).add_(slope, alpha=1 - first)
+        self.mean.lerp_(slope, 1 - first)
         self.square.mul_(second).addcmul_(slope, slope, value=1 - second)
-        size = (self.square / (1 - second**self.count)).sqrt_().add_(1e-8)
-        return (self.mean / size).mul_(rate / (1 - first**self.count))
+        root = (1 - second**self.count) ** 0.5
+        torch.sqrt(self.square, out=self._size).add_(1e-8 * root)
+        if unit is not None:
+            self._size.div_(unit)
+        parameter.addcdiv_(self.mean, self._size, value=-rate * root / (1 - first**self.count))
 
 
 def neighbours(weight: Tensor, grid: ScalarGrid) -> tuple[Tensor, Tensor, Tensor]:
