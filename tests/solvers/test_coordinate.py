@@ -29,3 +29,21 @@ def test_no_row_becomes_worse(text: str) -> None:
     end = losses(solver.solve(weight, codec, prepared))
     assert (end <= start * 1.0001).all()
     assert text in ("e8p:row", "vq6x4") or end.sum() < 0.95 * start.sum()
+
+
+@pytest.mark.parametrize("text", ["int3:g32:s8", "int4:g64:asym", "sint4:g64:bf16", "bin2:g64", "mxfp4:e2m1:g32"])
+def test_refitting_by_a_product_that_is_known_changes_no_bit(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    columns = 128
+    gram, weight = correlated_gram(columns), gaussian(20, columns)
+    codec = leaf(text).learn(weight, gram)
+    solver = CoordinateDescent()
+    prepared = solver.prepare(gram, codec.span)
+    found = solver.solve(weight, codec, prepared)
+    # As it is written: feedback, refitting where levels are few, sweeps, refitting.
+    coarse = codec.grid(codec.prepare(weight), columns) is None or text.startswith("int3")
+    start = ErrorFeedback(refit=coarse).solve(weight, codec, prepared.start)
+    codes = solver.sweep(weight, codec, start, prepared, solver.sweeps)
+    wanted = Encoded(codes, codec.refit(weight, Encoded(codes, start.side), gram.matrix))
+    assert torch.equal(found.codes, wanted.codes)
+    assert found.side.keys() == wanted.side.keys()
+    assert all(torch.equal(found.side[name], wanted.side[name]) for name in wanted.side)

@@ -89,6 +89,14 @@ def test_what_a_crash_left_half_written_is_begun_anew(tmp_path: Path) -> None:
     assert torch.equal(torch.cat([again.read(0), again.read(1)]), values)
 
 
+def test_states_that_nobody_reads_count_as_complete(tmp_path: Path) -> None:
+    store = Hidden(tmp_path / "h", (4, 2, 3), torch.float32, 2)
+    store.skip()
+    assert store.complete
+    store.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_full_disk_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Full:
         def __enter__(self) -> Full:

@@ -218,6 +218,40 @@ def test_a_layer_whose_output_is_not_wanted_is_not_computed() -> None:
     assert sums.tokens == {("m", 0): 5}
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_last_product_is_computed_once_where_no_output_is_wanted(workers: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(8, 8, generator=generator) for _ in range(2))
+    layers = {Layer(name, f"{name}.weight", "linear", (8, 8), 0, name): w for name, w in (("a", first), ("b", second))}
+    texts = [torch.randn(5, 8, generator=generator) for _ in range(6)]
+    computed: list[bool] = []
+
+    def forward(chunk: int) -> Tensor:
+        inner = torch.nn.functional.linear(texts[chunk], first)
+        output = torch.nn.functional.linear(inner, second)
+        computed.append(bool(output.any()))
+        assert output.shape == (5, 8)
+        return output
+
+    def other_way(chunk: int) -> Tensor:
+        if chunk < 3:
+            return forward(chunk)
+        inner = torch.nn.functional.linear(texts[chunk], second)
+        return torch.nn.functional.linear(inner, first)
+
+    kept: list[Tensor] = []
+    wanted = collect_grams(forward, 6, layers, workers=workers, keep=lambda _, output: kept.append(output))
+    assert computed == [True] * 6
+    found = collect_grams(forward, 6, layers, workers=workers)
+    assert sum(computed[6:]) == workers
+    assert found.tokens == wanted.tokens
+    assert all(torch.equal(found.matrices[key], wanted.matrices[key]) for key in wanted.matrices)
+    # Where products come in another order for some of the text, nothing is made from zeros.
+    wanted = collect_grams(other_way, 6, layers, workers=workers, keep=lambda _, output: kept.append(output))
+    found = collect_grams(other_way, 6, layers, workers=workers)
+    assert all(torch.equal(found.matrices[key], wanted.matrices[key]) for key in wanted.matrices)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
 def test_activations_that_are_not_finite_stop_the_run_and_name_the_layer(bad: float) -> None:
     weight, x = torch.randn(12, 8), torch.randn(5, 8)

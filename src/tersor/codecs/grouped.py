@@ -97,7 +97,11 @@ class GroupedScalar(LeafCodec):
         With ``q_g`` the row's unscaled values in group ``g``, solves ``A s = b``, ``A_gh = q_gᵀ H q_h``,
         ``b_g = q_gᵀ H w``. A row keeps its old scales where the stored new ones are not better.
         """
-        rows, columns = weight.shape
+        return self.rescaled(weight @ gram, encoded, gram)
+
+    def rescaled(self, product: Tensor, encoded: Encoded, gram: Tensor) -> Side:
+        """What :meth:`refit` does, by ``product (rows, in)``, that of weight and Gram matrix."""
+        rows, columns = product.shape
         side = dict(encoded.side)
         groups = side["scale"].shape[1]
         unit = self.values(Encoded(encoded.codes, {**side, "scale": torch.ones_like(side["scale"])}), columns)
@@ -109,7 +113,7 @@ class GroupedScalar(LeafCodec):
             row = (spread.reshape(rows, groups - g, width) * blocks[:, g:]).sum(2)
             normal[:, g, g:] = row
             normal[:, g:, g] = row
-        right = ((weight @ gram).reshape(rows, groups, width) * blocks).sum(2)
+        right = (product.reshape(rows, groups, width) * blocks).sum(2)
         wanted = least_squares(normal, right)
         stored = self.storable(torch.where(self.usable(wanted), wanted, side["scale"]))
         better = quadratic(normal, right, stored["scale"]) < quadratic(normal, right, side["scale"])

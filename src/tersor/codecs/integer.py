@@ -66,6 +66,10 @@ class Integer(GroupedScalar):
         )
         return {"scale": scale, "zero": zero} if self.asymmetric else {"scale": scale}
 
+    def refit_by(self, product: Tensor, encoded: Encoded, gram: Tensor) -> Side:
+        """:meth:`refit` where ``product (rows, in)``, that of weight and Gram matrix, is known already."""
+        return self.rescaled(product, encoded, gram)
+
     def grid(self, side: Side, in_features: int) -> ScalarGrid:
         levels = 2**self.bits_per_code
         scale = side["scale"]

@@ -23,11 +23,18 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     rows, count = codes.shape
     if bits == 8:
         return codes.to(torch.uint8)
+    whole = 8 // bits
+    if 8 % bits == 0 and count % whole == 0:
+        small = codes.to(torch.uint8)
+        stream = small[:, ::whole].contiguous()
+        for place in range(1, whole):
+            stream |= small[:, place::whole] << place * bits
+        return stream
     # Eight codes make exactly `bits` bytes, and fit one 64-bit word.
     padded = torch.nn.functional.pad(codes.to(torch.int64), (0, -count % 8)).reshape(rows, -1, 8)
     words = (padded << torch.arange(0, 8 * bits, bits)).sum(2)
-    stream = (words[:, :, None] >> torch.arange(0, 8 * bits, 8)) & 0xFF
-    return stream.to(torch.uint8).reshape(rows, -1)[:, : packed_width(count, bits)].contiguous()
+    spread = (words[:, :, None] >> torch.arange(0, 8 * bits, 8)) & 0xFF
+    return spread.to(torch.uint8).reshape(rows, -1)[:, : packed_width(count, bits)].contiguous()
 
 
 def unpack(stream: Tensor, bits: int, count: int) -> Tensor:

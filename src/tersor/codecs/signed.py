@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from tersor import kernels
 from tersor.codecs.grouped import GroupedScalar
 from tersor.codecs.scales import storable
 from tersor.codecs.text import Words, grouping, reads
@@ -29,9 +30,6 @@ _REACHES = {bits: (*torch.linspace(low, 1.0, below).tolist(), *torch.linspace(1.
     2: (0.40, 9, 2.00, 8), 3: (0.50, 9, 1.34, 6), 4: (0.60, 9, 1.14, 4), 5: (0.76, 6, 1.06, 3),
     6: (0.85, 5, 1.03, 2), 7: (0.92, 4, 1.02, 2), 8: (0.96, 3, 1.01, 2),
 }.items()}  # fmt: skip
-_CHUNK = 1 << 16
-"""Weights that are fitted at one time, so that what is read again stays near the processor."""
-_LEAST = 2.0**-24
 _FORM = "sint{2-8}:{g<n>|row}[:bf16][:a8|:a8s]"
 _TOP = 127
 """Greatest code of an input of 8 bits."""
@@ -92,30 +90,12 @@ class SignedInteger(GroupedScalar):
 
     def fit(self, weight: Tensor, importance: Tensor) -> dict[str, Tensor]:
         """The best least-squares scale of the codes that a search over reaches and both signs gives."""
-        count = max(1, _CHUNK // weight.shape[1])
-        pieces = [
-            self._fit(weight[at : at + count], importance if len(importance) == 1 else importance[at : at + count])
-            for at in range(0, len(weight), count)
-        ]
-        return {"scale": torch.cat(pieces) if pieces else weight.new_empty(0)}
+        reaches = torch.tensor(_REACHES[self.bits_per_code])
+        return {"scale": kernels.fit_signed(weight, importance, bits=self.bits_per_code, reaches=reaches)}
 
-    def _fit(self, weight: Tensor, importance: Tensor) -> Tensor:
-        half = 2.0 ** (self.bits_per_code - 1)
-        step = (weight.abs().amax(1) / half).clamp(min=_LEAST)
-        weighted = importance * weight
-        best, scale = torch.full_like(step, -1.0), step
-        for reach in _REACHES[self.bits_per_code]:
-            number = (weight / (step * reach)[:, None]).round_()
-            # With a negative scale the codes are those of the mirrored grid.
-            for sign, low, high in ((1.0, -half, half - 1), (-1.0, 1 - half, half)):
-                code = number.clamp(low, high)
-                overlap = (weighted * code).sum(1)
-                energy = (importance * code.square_()).sum(1).clamp(min=_LEAST)
-                # What the least-squares scale for these codes takes away from the weights' energy.
-                gain = overlap * overlap / energy
-                scale = torch.where(gain > best, sign * (overlap / energy), scale)
-                best = torch.maximum(gain, best)
-        return torch.where(scale.abs() < _LEAST, _LEAST, scale)
+    def refit_by(self, product: Tensor, encoded: Encoded, gram: Tensor) -> Side:
+        """:meth:`refit` where ``product (rows, in)``, that of weight and Gram matrix, is known already."""
+        return self.rescaled(product, encoded, gram)
 
     def storable(self, scale: Tensor, top: Tensor | None = None) -> dict[str, Tensor]:
         sign = torch.where(scale < 0, -1.0, 1.0)

@@ -19,7 +19,7 @@ except ImportError:
 
 compiled: bool = _cpu is not None
 
-__all__ = ["compiled", "fit_table", "fit_uniform", "nearest", "sequential_round"]
+__all__ = ["compiled", "fit_signed", "fit_table", "fit_uniform", "moment", "nearest", "sequential_round"]
 
 
 def sequential_round(
@@ -61,3 +61,24 @@ def fit_uniform(
         weight.contiguous(), importance.contiguous(), levels, asymmetric, shrinks.contiguous(), scale, zero
     )
     return scale, zero
+
+
+def fit_signed(weight: Tensor, importance: Tensor, *, bits: int, reaches: Tensor) -> Tensor:
+    """See :func:`tersor.kernels.reference.fit_signed`."""
+    if _cpu is None:
+        return reference.fit_signed(weight, importance, bits=bits, reaches=reaches)
+    scale = torch.empty(weight.shape[0])
+    _cpu.fit_signed(weight.contiguous(), importance.contiguous(), bits, reaches.contiguous(), scale)
+    return scale
+
+
+def moment(inputs: Tensor) -> Tensor:
+    """See :func:`tersor.kernels.reference.moment`; with products of bfloat16 where the processor has them.
+
+    They are exact in float32, so that only the order of sums differs.
+    """
+    if inputs.dtype != torch.bfloat16 or _cpu is None or not _cpu.multiplies_bfloat16():
+        return reference.moment(inputs)
+    sums = torch.empty(inputs.shape[1], inputs.shape[1])
+    _cpu.bfloat16_moment(inputs.contiguous().view(torch.uint16).numpy(), sums)
+    return sums

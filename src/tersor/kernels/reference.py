@@ -7,6 +7,12 @@ from torch import Tensor
 
 from tersor.contracts import ScalarGrid
 
+_CHUNK = 1 << 16
+"""Weights that are fitted at one time, so that what is read again stays near the processor."""
+_LEAST = 2.0**-24
+_STRIPS = 4
+"""Into which a second moment is cut; more save little."""
+
 
 def nearest(target: Tensor, grid: ScalarGrid, columns: Tensor) -> tuple[Tensor, Tensor]:
     """Nearest values of a scalar grid.
@@ -113,3 +119,51 @@ def fit_table(weight: Tensor, importance: Tensor, *, table: Tensor, shrinks: Ten
         best = torch.where(better, loss, best)
         best_scale = torch.where(better, scale, best_scale)
     return best_scale
+
+
+def fit_signed(weight: Tensor, importance: Tensor, *, bits: int, reaches: Tensor) -> Tensor:
+    """Scale, of either sign, of codes ``-2^(bits-1) … 2^(bits-1) - 1`` for each row of ``weight (n, group)``.
+
+    The best least-squares scale, under ``Σ importance · (w − ŵ)²``, of the codes that each reach and sign gives.
+    ``reaches (s,)``: shares of the greatest magnitude that the grid's far side has. ``importance``: ``(n, group)`` or
+    ``(1, group)``. Returns ``(n,)`` float32, no magnitude below 2⁻²⁴.
+    """
+    count = max(1, _CHUNK // max(weight.shape[1], 1))
+    spread = importance.expand_as(weight).split(count)  # type: ignore[no-untyped-call]
+    pairs = zip(weight.split(count), spread, strict=True)  # type: ignore[no-untyped-call]
+    return torch.cat([_fit_signed(here, counts, bits, reaches) for here, counts in pairs])
+
+
+def _fit_signed(weight: Tensor, importance: Tensor, bits: int, reaches: Tensor) -> Tensor:
+    half = 2.0 ** (bits - 1)
+    step = (weight.abs().amax(1) / half).clamp(min=_LEAST)
+    weighted = importance * weight
+    best, scale = torch.full_like(step, -1.0), step
+    for reach in reaches:
+        number = (weight / (step * reach)[:, None]).round_()
+        # With a negative scale the codes are those of the mirrored grid.
+        for sign, low, high in ((1.0, -half, half - 1), (-1.0, 1 - half, half)):
+            code = number.clamp(low, high)
+            overlap = (weighted * code).sum(1)
+            energy = (importance * code.square_()).sum(1).clamp(min=_LEAST)
+            # What the least-squares scale for these codes takes away from the weights' energy.
+            gain = overlap * overlap / energy
+            scale = torch.where(gain > best, sign * (overlap / energy), scale)
+            best = torch.maximum(gain, best)
+    return torch.where(scale.abs() < _LEAST, _LEAST, scale)
+
+
+def moment(inputs: Tensor) -> Tensor:
+    """``Σ x xᵀ`` over the rows of ``inputs (tokens, n)``, ``(n, n)`` float32.
+
+    Strips of columns are computed from the diagonal on and mirrored: the same bits as the plain product, for two thirds
+    of its time.
+    """
+    x = inputs.to(torch.float32)
+    width = x.shape[1]
+    product = x.new_empty(width, width)
+    for start in range(0, width, max(-(-width // _STRIPS), 1)):
+        stop = min(start + -(-width // _STRIPS), width)
+        product[start:stop, start:] = x[:, start:stop].T @ x[:, start:]
+        product[stop:, start:stop] = product[start:stop, stop:].T
+    return product

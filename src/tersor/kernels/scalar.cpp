@@ -40,6 +40,28 @@ static void require(bool ok, const char* what) {
 // Rows are handled in strips of this many, transposed, so that one column of a strip is contiguous and vectorises.
 constexpr size_t STRIP = 16;
 
+// Columns whose changes are held until all of them are known, and then added to each later column at one time; in the
+// same order as one by one, so with the same bits.
+constexpr size_t HELD = 8;
+
+#if defined(__GNUC__)
+// A column of a strip, wherever it lies. Compilers make it of as many vectors as the processor needs.
+typedef float Column __attribute__((vector_size(STRIP * sizeof(float)), aligned(alignof(float)), may_alias));
+#else
+struct Column {
+    float lanes[STRIP];
+    Column& operator+=(const Column& other) {
+        for (size_t r = 0; r < STRIP; ++r) lanes[r] += other.lanes[r];
+        return *this;
+    }
+    Column operator*(float by) const {
+        Column result;
+        for (size_t r = 0; r < STRIP; ++r) result.lanes[r] = lanes[r] * by;
+        return result;
+    }
+};
+#endif
+
 struct Grid {
     const float* scale;   // (rows, groups)
     const float* zero;    // (rows, groups) or null
@@ -71,11 +93,12 @@ static void sequential_strip(const float* target, const float* reference, const 
     const float top = static_cast<float>(grid.levels - 1);
     for (size_t j = 0; j < n; ++j)
         for (size_t r = 0; r < STRIP; ++r) strip[j * STRIP + r] = r < rows ? target[(row0 + r) * n + j] : 0.0f;
-    float change[STRIP], scale[STRIP], zero[STRIP], offset[STRIP], value[STRIP], code[STRIP];
+    float held[HELD][STRIP], scale[STRIP], zero[STRIP], offset[STRIP], value[STRIP], code[STRIP];
     for (size_t j = 0; j < n; ++j) {
+        float* change = held[j % HELD];
         float* t = strip + j * STRIP;
         const size_t g = static_cast<size_t>(group_of[j]);
-        for (size_t r = 0; r < STRIP; ++r) {
+        for (size_t r = 0; r < STRIP && (j == 0 || group_of[j] != group_of[j - 1]); ++r) {
             const size_t row = row0 + (r < rows ? r : 0);
             scale[r] = grid.scale[row * grid.groups + g];
             zero[r] = grid.zero ? grid.zero[row * grid.groups + g] : 0.0f;
@@ -110,11 +133,25 @@ static void sequential_strip(const float* target, const float* reference, const 
             moved[at] = t[r];
         }
         for (size_t r = 0; r < STRIP; ++r) change[r] = r < rows ? value[r] - reference[(row0 + r) * n + j] : 0.0f;
-        const float* mix = mixing + j * n;
-        for (size_t k = j + 1; k < n; ++k) {
-            float* later = strip + k * STRIP;
-            const float m = mix[k];
-            for (size_t r = 0; r < STRIP; ++r) later[r] += change[r] * m;
+        Column* columns = reinterpret_cast<Column*>(strip);
+        const Column* changes = reinterpret_cast<const Column*>(held[0]);
+        const size_t stop = std::min((j / HELD + 1) * HELD, n);
+        for (size_t k = j + 1; k < stop; ++k) columns[k] += changes[j % HELD] * mixing[j * n + k];
+        if (j + 1 < stop || stop == n) continue;
+        const float* mix = mixing + (stop - HELD) * n;
+        const Column c0 = changes[0], c1 = changes[1], c2 = changes[2], c3 = changes[3];
+        const Column c4 = changes[4], c5 = changes[5], c6 = changes[6], c7 = changes[7];
+        for (size_t k = stop; k < n; ++k) {
+            Column sum = columns[k];
+            sum += c0 * mix[k];
+            sum += c1 * mix[n + k];
+            sum += c2 * mix[2 * n + k];
+            sum += c3 * mix[3 * n + k];
+            sum += c4 * mix[4 * n + k];
+            sum += c5 * mix[5 * n + k];
+            sum += c6 * mix[6 * n + k];
+            sum += c7 * mix[7 * n + k];
+            columns[k] = sum;
         }
     }
 }
@@ -214,6 +251,78 @@ static void fit_uniform(MatF weight, MatF importance, int levels, bool asymmetri
     }
 }
 
+// Of a group's codes on a grid and on its mirror image: overlap with the weights and energy, each times importance. Sums
+// in a fixed order of 16 lanes, as above.
+struct SignedSums {
+    float overlap[2], energy[2];
+};
+
+TERSOR_CLONES
+static SignedSums signed_sums(const float* w, const float* importance, size_t n, float step, float half) {
+    float straight[16] = {0}, mirrored[16] = {0}, energy[16] = {0}, mirrored_energy[16] = {0};
+    const float low = -half, inner_low = 1.0f - half, inner_high = half - 1.0f;
+    float last[16] = {0}, last_importance[16] = {0};
+    for (size_t i = 0; i < n; i += 16) {
+        const float *x = w + i, *weight = importance + i;
+        if (n - i < 16) {
+            std::copy(x, w + n, last);
+            std::copy(weight, importance + n, last_importance);
+            x = last;
+            weight = last_importance;
+        }
+        for (size_t l = 0; l < 16; ++l) {
+            const float number = std::nearbyint(x[l] / step), weighted = weight[l] * x[l];
+            float code = number < low ? low : number, other = number > half ? half : number;
+            code = code > inner_high ? inner_high : code;
+            other = other < inner_low ? inner_low : other;
+            straight[l] += weighted * code;
+            mirrored[l] += weighted * other;
+            energy[l] += weight[l] * (code * code);
+            mirrored_energy[l] += weight[l] * (other * other);
+        }
+    }
+    SignedSums sums{{0.0f, 0.0f}, {0.0f, 0.0f}};
+    for (size_t l = 0; l < 16; ++l) {
+        sums.overlap[0] += straight[l];
+        sums.overlap[1] += mirrored[l];
+        sums.energy[0] += energy[l];
+        sums.energy[1] += mirrored_energy[l];
+    }
+    return sums;
+}
+
+static void fit_signed(MatF weight, MatF importance, int bits, VecF reaches, OutV scales) {
+    const size_t rows = weight.shape(0), n = weight.shape(1);
+    require(importance.shape(1) == n && (importance.shape(0) == 1 || importance.shape(0) == rows),
+            "importance must be (1, group) or (rows, group)");
+    require(scales.shape(0) == rows, "scales must have one entry a row");
+    require(bits >= 2 && bits <= 8, "bits must be from 2 to 8");
+    const size_t stride = importance.shape(0) == 1 ? 0 : n;
+    const float half = std::ldexp(1.0f, bits - 1), tiny = std::ldexp(1.0f, -24);
+    nb::gil_scoped_release release;
+    for (size_t r = 0; r < rows; ++r) {
+        const float* w = weight.data() + r * n;
+        float high = 0.0f;
+        for (size_t i = 0; i < n; ++i) high = std::max(high, std::fabs(w[i]));
+        const float step = std::max(high / half, tiny);
+        float best = -1.0f, scale = step;
+        for (size_t s = 0; s < reaches.shape(0); ++s) {
+            const SignedSums sums = signed_sums(w, importance.data() + r * stride, n, step * reaches.data()[s], half);
+            for (int side = 0; side < 2; ++side) {
+                const float least_squares = sums.overlap[side] / std::max(sums.energy[side], tiny);
+                const float gain = sums.overlap[side] * least_squares;
+                if (gain > best) {
+                    best = gain;
+                    scale = side == 0 ? least_squares : -least_squares;
+                }
+            }
+        }
+        scales.data()[r] = std::fabs(scale) < tiny ? tiny : scale;
+    }
+}
+
+void bind_moment(nb::module_& module);  // moment.cpp
+
 NB_MODULE(_cpu, module) {
     module.doc() = "Compiled inner loops; see tersor.kernels.reference for what they compute.";
     module.def("sequential_round", &sequential_round, nb::arg("target"), nb::arg("reference"), nb::arg("mixing"),
@@ -222,4 +331,7 @@ NB_MODULE(_cpu, module) {
                nb::arg("offset").none() = nb::none());
     module.def("fit_uniform", &fit_uniform, nb::arg("weight"), nb::arg("importance"), nb::arg("levels"),
                nb::arg("asymmetric"), nb::arg("shrinks"), nb::arg("scales"), nb::arg("zeros"));
+    module.def("fit_signed", &fit_signed, nb::arg("weight"), nb::arg("importance"), nb::arg("bits"), nb::arg("reaches"),
+               nb::arg("scales"));
+    bind_moment(module);
 }

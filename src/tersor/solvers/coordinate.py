@@ -7,14 +7,26 @@ ends lower than one from nearest rounding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from tersor.contracts import Encoded, Gram, LeafCodec, Solver
+from tersor.contracts import Encoded, Gram, LeafCodec, Side, Solver
 from tersor.solvers.feedback import ErrorFeedback, FeedbackFactor
 from tersor.solvers.sequential import sequential_round
+
+_FINE = 16
+"""Levels from which on refitting before the sweeps is left out: on real layers it lowers the final error by 1.6 % at 2
+bits, 0.9 % at 3 and 0.5 % at 4, for a seventh of the time."""
+
+
+@runtime_checkable
+class RefitsByProduct(Protocol):
+    """A codec whose refitting needs of the weight only its product with the Gram matrix, which several share then."""
+
+    def refit_by(self, product: Tensor, encoded: Encoded, gram: Tensor) -> Side: ...
 
 
 @dataclass(frozen=True)
@@ -45,17 +57,34 @@ class CoordinateDescent(Solver):
         return CoordinateFactor(start, diagonal + (1e-6 * diagonal.mean() + 1e-30))
 
     def solve(self, weight: Tensor, codec: LeafCodec, prepared: CoordinateFactor) -> Encoded:
-        encoded = self.start.solve(weight, codec, prepared.start)
         if codec.costly:  # a trellis gains 0.2 % from a sweep that takes as long as all before it
-            return encoded
+            return self.start.solve(weight, codec, prepared.start)
+        encoded = replace(self.start, refit=False).solve(weight, codec, prepared.start)
+        matrix = prepared.start.gram
+        product = weight @ matrix if self.start.refit and isinstance(codec, RefitsByProduct) else None
+        if not self._fine(codec, encoded, weight.shape[1]):
+            encoded = self._refitted(weight, codec, encoded, matrix, product)
         codes = self.sweep(weight, codec, encoded, prepared, self.sweeps)
         if codec.span > 1:
             # Each column of a span goes to its own wish, and together they may overshoot, far where columns are uneven.
-            gram = prepared.start.gram
-            better = _losses(weight, codec, Encoded(codes, encoded.side), gram) < _losses(weight, codec, encoded, gram)
+            after = _losses(weight, codec, Encoded(codes, encoded.side), matrix)
+            better = after < _losses(weight, codec, encoded, matrix)
             codes = torch.where(better[:, None], codes, encoded.codes)
-        result = Encoded(codes, encoded.side)
-        return Encoded(codes, codec.refit(weight, result, prepared.start.gram)) if self.start.refit else result
+        return self._refitted(weight, codec, Encoded(codes, encoded.side), matrix, product)
+
+    def _fine(self, codec: LeafCodec, encoded: Encoded, columns: int) -> bool:
+        """Whether side information is refitted after the sweeps alone, as it will hardly change what they find."""
+        grid = codec.grid(encoded.side, columns)
+        return grid is not None and grid.levels >= _FINE
+
+    def _refitted(
+        self, weight: Tensor, codec: LeafCodec, encoded: Encoded, gram: Tensor, product: Tensor | None
+    ) -> Encoded:
+        if not self.start.refit:
+            return encoded
+        if product is not None and isinstance(codec, RefitsByProduct):
+            return Encoded(encoded.codes, codec.refit_by(product, encoded, gram))
+        return Encoded(encoded.codes, codec.refit(weight, encoded, gram))
 
     def sweep(
         self, weight: Tensor, codec: LeafCodec, encoded: Encoded, prepared: CoordinateFactor, sweeps: int
@@ -65,6 +94,7 @@ class CoordinateDescent(Solver):
         side = encoded.side
         codes = encoded.codes.clone()
         values = codec.values(encoded, columns)
+        error = weight - values
         diagonal = prepared.diagonal
         step = max(self.block // codec.span, 1) * codec.span
         numbers = torch.arange(columns)
@@ -73,7 +103,7 @@ class CoordinateDescent(Solver):
             for start in range(0, columns, step):
                 here = slice(start, min(start + step, columns))
                 gram = prepared.rows(here)
-                pull = (weight - values) @ gram.T
+                pull = error @ gram.T
                 # The wish of each column, and how later columns of the block move it. With a vector codec the wish is
                 # per column still: the exact joint minimiser differs by the span's own off-diagonal block.
                 target = values[:, here] + pull / diagonal[here]
@@ -88,6 +118,7 @@ class CoordinateDescent(Solver):
                 )
                 codes[:, start // codec.span : -(-here.stop // codec.span)] = block_codes
                 values[:, here] = block_values
+                torch.sub(weight[:, here], block_values, out=error[:, here])
             if torch.equal(codes, before):
                 break
         return codes

@@ -25,10 +25,13 @@ from tersor.stages.curves import OUTSIDE, outside_objectives
 from tersor.stages.memory import give_back
 from tersor.stages.sensitivity import advance
 from tersor.stages.tune import BlockTuner, Piece
+from tersor.stages.weights import is_finite
 from tersor.stages.work import Hidden
 from tersor.statistics.collect import Grams, collect_grams
 
 STAGE = "encode"
+_STRIP = 256
+"""Columns of a Gram matrix that are multiplied at one time where half of it is enough."""
 
 
 TUNING = BlockTuning(steps=32, batch=1024, rate=0.02, checks=2, sample=8192)
@@ -163,11 +166,13 @@ def _encode_block(
             for layer, one in coded:
                 if not writer.done(layer.name):
                     _write(layer, one, writer)
-        if context.options.propagate:
+        if not context.options.propagate:
+            after.finish()
+        elif block + 1 < len(stores) - 1:
             _replace_weights(context, module, block, codecs, writer)
             advance(context, stream, module, block, before, after)
         else:
-            after.finish()
+            after.skip()  # nobody reads what the last block puts out
     give_back()
     context.work.event(STAGE, "block done", block=block)
     before.remove()
@@ -291,7 +296,7 @@ def _write(layer: Layer, coded: Coded, writer: ArtifactWriter) -> None:
 
 def encode_layer(context: Context, layer: Layer, weight: Tensor, codec: Codec, ready: list[Ready]) -> Coded:
     """Encode ``weight (copies, out, in)``; what was measured on the way is the unit's record."""
-    if not torch.isfinite(weight).all():
+    if not is_finite(weight):
         raise NotFinite(f"The weights of {layer.name} have NaN or Inf; the source model is damaged.")
     parts = {part.name: torch.empty(part.shape, dtype=part.dtype) for part in codec.parts(layer.stored_shape)}
     flat = weight.reshape(layer.stored_shape)
@@ -393,4 +398,17 @@ def _errors(weight: Tensor, values: Tensor, gram: Gram | None) -> list[float]:
     sums = [float(error.double().square().sum()), float(weight.double().square().sum())]
     if gram is None:
         return [*sums, 0.0, 0.0]
-    return [*sums, *(float(((m @ gram.matrix) * m).double().sum()) for m in (error, weight))]
+    return [*sums, *(_energy(m, gram.matrix) for m in (error, weight))]
+
+
+def _energy(rows: Tensor, gram: Tensor) -> float:
+    """``tr(M H Mᵀ)`` of ``rows (n, in)``; ``gram`` is symmetric, so that what lies below its diagonal counts with what
+    lies above."""
+    total = 0.0
+    for start in range(0, len(gram), _STRIP):
+        stop = min(start + _STRIP, len(gram))
+        product = rows[:, start:stop] @ gram[start:stop, start:]
+        inside = (product[:, : stop - start] * rows[:, start:stop]).double().sum()
+        beyond = (product[:, stop - start :] * rows[:, stop:]).double().sum()
+        total += float(inside) + 2 * float(beyond)
+    return total

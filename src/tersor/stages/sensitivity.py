@@ -11,6 +11,7 @@ from tersor.parallel import in_order
 from tersor.runtime.stream import BlockStream
 from tersor.stages.context import Context, block_weights
 from tersor.stages.memory import give_back
+from tersor.stages.weights import is_finite
 from tersor.stages.work import Hidden
 from tersor.statistics.collect import OutputMoments
 from tersor.statistics.sensitivity import backward_block, backward_head, embedding_gradient, token_energies
@@ -120,7 +121,7 @@ def advance(
             return stream.run(module, block, before.read(chunk))
 
     for chunk, hidden in enumerate(in_order(work, before.chunks, context.workers)):
-        if not torch.isfinite(hidden).all():
+        if not is_finite(hidden):
             raise NotFinite(
                 f"Activations leaving {context.anatomy.blocks[block]} have NaN or Inf; check the source model, or run "
                 f"with --dtype float32."

@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from tersor import kernels
 from tersor.contracts import Gram, Layer
 from tersor.errors import NotFinite
 from tersor.parallel import in_order
 
-_STRIPS = 4
-"""Into which a Gram matrix is cut; more save little."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -46,11 +45,15 @@ class Watch(TorchFunctionMode):
     """Calls ``seen(use)`` for every product with one of ``weights`` (layer → parameter) on this thread.
 
     ``skip``: layers whose product is not computed; zeros of width 1 are returned in its place. For a head, whose
-    input is wanted and whose output is large.
+    input is wanted and whose output is large. ``unread``: a layer for whose product zeros do, of its own width.
     """
 
     def __init__(
-        self, weights: Mapping[Layer, Tensor], seen: Callable[[Use], None], skip: frozenset[Layer] = frozenset()
+        self,
+        weights: Mapping[Layer, Tensor],
+        seen: Callable[[Use], None],
+        skip: frozenset[Layer] = frozenset(),
+        unread: Layer | None = None,
     ) -> None:
         super().__init__()
         self._at: dict[int, tuple[Layer, int]] = {}
@@ -60,6 +63,7 @@ class Watch(TorchFunctionMode):
                 self._at[weight.data_ptr() + copy * stride] = (layer, copy)
         self._seen = seen
         self._skip = skip
+        self._unread = unread
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -70,7 +74,10 @@ class Watch(TorchFunctionMode):
         if known is None or inputs is None or weight is None or not _multiplies(known[0], inputs, weight):
             return func(*args, **kwargs)
         layer, copy = known
-        output = inputs.new_zeros(*inputs.shape[:-1], 1) if layer in self._skip else func(*args, **kwargs)
+        if layer in self._skip or layer == self._unread:
+            output = inputs.new_zeros(*inputs.shape[:-1], 1 if layer in self._skip else weight.shape[-1])
+        else:
+            output = func(*args, **kwargs)
         with torch._C.DisableTorchFunction():
             if weight.ndim == 2:
                 self._seen(Use(layer, copy, inputs.reshape(-1, inputs.shape[-1]), output))
@@ -134,27 +141,38 @@ def watched_runs(
     *,
     workers: int,
     skip: frozenset[Layer] = frozenset(),
+    outputs: bool = True,
 ) -> Iterator[tuple[list[tuple[int, Use]], list[Tensor]]]:
     """Run ``forward(chunk)`` for every chunk, ``workers`` at a time; gives the uses, with their chunk, and the outputs.
 
     What is done with the inputs comes after the runs, product by product: matrices of ``(in, in)`` are then never there
     for all layers of all chunks under way. Inputs are copies, since a model may change them in place further on;
-    outputs of single products are not kept.
+    outputs of single products are not kept. ``outputs``: whether those of ``forward`` are wanted; where they are not,
+    the last product of a run, on which nothing depends that is seen, is computed for the first chunks alone.
     """
 
-    def work(chunk: int) -> tuple[list[tuple[int, Use]], Tensor]:
+    def attempt(chunk: int, unread: Layer | None) -> tuple[list[tuple[int, Use]], Tensor]:
         uses: list[tuple[int, Use]] = []
 
         def seen(use: Use) -> None:
             uses.append((chunk, replace(use, inputs=use.inputs.clone(), output=use.inputs.new_empty(0))))
 
-        with torch.no_grad(), Watch(weights, seen, skip):
+        with torch.no_grad(), Watch(weights, seen, skip, unread):
             output = forward(chunk)
         return uses, output
 
+    def work(chunk: int) -> tuple[list[tuple[int, Use]], Tensor]:
+        uses, output = attempt(chunk, last)
+        # Where it was not the last this time, what came after it may have been made from zeros.
+        return attempt(chunk, None) if any(use.layer == last for _, use in uses[:-1]) else (uses, output)
+
+    last: Layer | None = None
     for start in range(0, chunks, workers):
         here = range(start, min(start + workers, chunks))
         runs = list(in_order(partial(_at, work, here), len(here), workers))
+        if not outputs and start == 0:
+            layers = [use.layer for _, use in runs[0][0]]
+            last = layers[-1] if layers and layers.count(layers[-1]) == 1 else None
         yield [use for uses, _ in runs for use in uses], [output for _, output in runs]
 
 
@@ -164,8 +182,8 @@ def _at(function: Callable[[Item], Result], items: Sequence[Item], index: int) -
 
 def second_moment(use: Use) -> Tensor:
     """``Σ_tokens x xᵀ`` of one input, ``(in, in)`` float32. Raises NotFinite naming the layer."""
-    x = use.inputs.detach().to(torch.float32)
-    product = _with_itself(x)
+    x = use.inputs.detach()
+    product = kernels.moment(x)
     if not torch.isfinite(product.diagonal()).all():
         bad = int((~torch.isfinite(x)).any(1).sum())
         found = f"{bad} of {len(x)} tokens have NaN or Inf" if bad else f"up to {float(x.abs().max()):.2g}"
@@ -173,18 +191,6 @@ def second_moment(use: Use) -> Tensor:
             f"Activations entering {use.layer.name} are not finite or too large to square ({found}); check the "
             f"source model, or run with --dtype float32."
         )
-    return product
-
-
-def _with_itself(x: Tensor) -> Tensor:
-    """``xᵀ x``, of which strips of columns are computed from the diagonal on and mirrored: the same bits as the plain
-    product, for two thirds of its time."""
-    width = x.shape[1]
-    product = x.new_empty(width, width)
-    for start in range(0, width, max(-(-width // _STRIPS), 1)):
-        stop = min(start + -(-width // _STRIPS), width)
-        product[start:stop, start:] = x[:, start:stop].T @ x[:, start:]
-        product[stop:, start:stop] = product[start:stop, stop:].T
     return product
 
 
@@ -240,7 +246,7 @@ def collect_grams(
         chosen.setdefault(layer.inputs, layer)
     watched = {layer: weights[layer] for layer in chosen.values()}
     total, done = Grams(), 0
-    for uses, outputs in watched_runs(forward, chunks, watched, workers=workers, skip=skip):
+    for uses, outputs in watched_runs(forward, chunks, watched, workers=workers, skip=skip, outputs=keep is not None):
         moments = in_order(partial(_at, second_moment, [use for _, use in uses]), len(uses), workers)
         for (_, use), moment in zip(uses, moments, strict=True):
             total.add(use, moment)
@@ -319,7 +325,7 @@ def collect_guided_grams(
 
     total: dict[str, Tensor] = {}
     watched = {layer: weight for layer, weight in weights.items() if layer.name in energies}
-    for uses, _ in watched_runs(forward, len(pieces), watched, workers=workers):
+    for uses, _ in watched_runs(forward, len(pieces), watched, workers=workers, outputs=False):
         products = in_order(partial(_at, product, uses), len(uses), workers)
         for (_, use), found in zip(uses, products, strict=True):
             name = use.layer.name
