@@ -85,7 +85,7 @@ bench-sensitivity: out/reference
 	@test -f $(TEXT) || { echo "name a text to measure on: make bench-sensitivity TEXT=/path/to/text.txt" >&2; exit 1; }
 	$(BIN)/python benchmarks/sensitivity.py --model out/reference --text $(TEXT)
 
-# Other compressors, each in an environment of its own under out/peers/, and tersor at the sizes of their files. Hours on
+# Other compressors, each in an environment of its own under out/tools/, and tersor at the sizes of their files. Hours on
 # two processors; a stopped run continues. Needs CMake and a C++ compiler for llama.cpp's quantizer.
 bench-peers: out/reference
 	@test -f $(TEXT) || { echo "name a text to measure on: make bench-peers TEXT=/path/to/text.txt" >&2; exit 1; }
@@ -95,7 +95,7 @@ bench-peers: out/reference
 out/reference-wide: $(USER)
 	$(BIN)/python benchmarks/reference_model.py $@ --wide
 
-# W4A16 in compressed-tensors against llm-compressor's GPTQ, which is installed under out/peers/.
+# W4A16 in compressed-tensors against llm-compressor's GPTQ, which is installed under out/tools/.
 bench-w4a16: out/reference
 	@test -f $(TEXT) || { echo "name a text to measure on: make bench-w4a16 TEXT=/path/to/text.txt" >&2; exit 1; }
 	$(INSTALL) --editable '.[compressed-tensors]'

@@ -261,7 +261,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--no-speed", action="store_true", help="do not generate from the files")
     parser.add_argument("--work", type=Path, default=Path("out/engines"))
-    parser.add_argument("--tools", type=Path, default=Path("out/peers"), help="where llama.cpp is built")
+    parser.add_argument("--tools", type=Path, default=Path("out/tools"), help="where llama.cpp is built")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "engines.json")
     with pipeline.one_thread_each():
         run(parser.parse_args())

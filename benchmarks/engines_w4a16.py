@@ -256,7 +256,7 @@ def main() -> None:
     parser.add_argument("--eval-sequences", type=int, default=8)
     parser.add_argument("--workers", type=int, default=pipeline.available_workers())
     parser.add_argument("--work", type=Path, default=Path("out/engines-w4a16"))
-    parser.add_argument("--tools", type=Path, default=Path("out/peers"), help="where llm-compressor is installed")
+    parser.add_argument("--tools", type=Path, default=Path("out/tools"), help="where llm-compressor is installed")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/engines_w4a16.json"))
     given = parser.parse_args()
     given.chunks, given.window = given.eval_sequences, given.length

@@ -323,7 +323,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--keep", action="store_true", help="leave the dequantized weights, half a gigabyte each")
     parser.add_argument("--work", type=Path, default=Path("out/peers"))
-    parser.add_argument("--tools", type=Path, default=Path("out/peers"), help="where the peers are installed")
+    parser.add_argument("--tools", type=Path, default=Path("out/tools"), help="where the peers are installed")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/peers.json"))
     with pipeline.one_thread_each():
         run(parser.parse_args())
