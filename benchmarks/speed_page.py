@@ -60,7 +60,7 @@ def kernels(found: dict[str, Any]) -> list[str]:
         "",
         f"Bytes of packed weight per second, as a share of what plain reading of memory reaches in the same run "
         f"({found['instructions']}; medians of ratios of neighbours). Inputs are rounded to 16 bits, or to "
-        f"8 on request..",
+        f"8 on request.",
     ]
     for shape in shapes:
         here = [row for row in lines if tuple(row["shape"]) == shape and row["threads"] == most]
@@ -98,16 +98,19 @@ def decode(found: dict[str, Any]) -> list[str]:
         text += ["", f"![{title}]({save(f'decode-{part}')})", "", f"### {title}", ""]
         text += ["| | tokens/s |", "|---|---|", *(f"| {name} | {value:.1f} |" for name, value in rows.items())]
         for name, value in found[part].get("ratios", {}).items():
-            text += ["", f"Ratio, {name}: {value:.2f} (median of neighbours)."]
+            both = f"`int4:g32` over {name}" if part == "small" else f"{name} over llama.cpp Q4_0"
+            text += ["", f"Ratio of {both}: {value:.2f} (median of neighbours)."]
+        for name, value in found[part].get("ratios to 4 bits", {}).items():
+            if value != 1:
+                text += ["", f"Ratio of {name} over tersor int4:g32: {value:.2f} (median of neighbours)."]
         for name, one in found[part].get("agreement", {}).items():
             text += [
                 "",
                 f"Greedy tokens of `{name}` on ten prompts: {one['same']} of {one['tokens']} are the likeliest of",
             ]
-            text += ["the decoded weights in float32, run by transformers; the others are behind by"]
-            text += [
-                f"{', '.join(f'{value:.1e}' for value in one['behind']) or '0'} standard deviations of the logits."
-            ]
+            behind = ", ".join(f"{value:.1e}" for value in one["behind"])
+            others = f"; the others are behind by {behind} standard deviations of the logits." if behind else "."
+            text += [f"the decoded weights in float32, run by transformers{others}"]
         if "memory" in found[part]:
             memory = found[part]["memory"]
             text += [
