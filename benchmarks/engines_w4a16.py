@@ -191,8 +191,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['workers']}.",
         "",
         "Time is that of quantization: theirs of `oneshot` alone, model loaded and text tokenized; ours from opening "
-        "the model to the last encoded layer on disk. Other programs ran on the same processors, so seconds of the "
-        "clock say less than processor seconds.",
+        "the model to the last encoded layer on disk. Seconds of the clock are those of a machine that does nothing "
+        "else, or they say less than processor seconds.",
         "",
         "| group | by | KL | bytes | processor s | clock s |",
         "|---|---|---|---|---|---|",
