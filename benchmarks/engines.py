@@ -1,12 +1,13 @@
 """Better GGUFs of the same size? llama.cpp's own files and tersor's, both run by llama.cpp, on two reference models.
 
 For each of llama.cpp's own kinds of file (``--kinds``) its quantizer makes one with an importance matrix from the
-calibration text, and tersor one of at most the same bytes from the same text. llama.cpp then computes logits of both on
-the same held-out windows, which are compared with the float32 reference's; and generates from both in turn, for the
-speed. The second model has widths that 256 divides, so that K and IQ types apply everywhere: on the first, both sides
-fall back to other types in most layers. Its inputs span 576 of their 768 dimensions, and error feedback can put errors
-into the others, which llama.cpp's quantizer cannot: where K and IQ types apply on both, the first model is the fairer
-one. What is done is kept in the work folder, so a stopped benchmark continues.
+calibration text, and tersor one of at most the same bytes and the same time a token, by the types that both have, from
+the same text (as ``tersor compress --like`` does). llama.cpp then computes logits of both on the same held-out windows,
+which are compared with the float32 reference's; and generates from both in turn, for the speed. The second model has
+widths that 256 divides, so that K and IQ types apply everywhere: on the first, both sides fall back to other types in
+most layers. Its inputs span 576 of their 768 dimensions, and error feedback can put errors into the others, which
+llama.cpp's quantizer cannot: where K and IQ types apply on both, the first model is the fairer one. What is done is
+kept in the work folder, so a stopped benchmark continues.
 
     python benchmarks/engines.py --model FOLDER --wide WIDE_FOLDER --text TEXT [--kinds Q4_K_M,Q2_K] [--out RESULT.json]
 """
@@ -21,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from tersor.artifact import ArtifactWriter
 from tersor.codecs import parse
 from tersor.contracts import Quality
 from tersor.delivery import write_file
-from tersor.engines.contract import Engine
+from tersor.engines.contract import Engine, token_time
 from tersor.engines.table import ENGINES
 from tersor.evaluation.divergence import DivergenceAccumulator, compare_logits
 from tersor.stages import finish
@@ -99,13 +100,13 @@ class Comparison:
 
         return path, self.kept(f"{kind}-theirs", measure)
 
-    def ours(self, kind: str, size: int) -> tuple[Path, dict[str, Any]]:
-        """tersor's file of at most ``size`` bytes."""
+    def ours(self, kind: str, theirs: Path) -> tuple[Path, dict[str, Any]]:
+        """tersor's file, by its types no slower than ``theirs`` and no larger."""
         path = self.work / f"{kind}.gguf"
 
         def measure() -> dict[str, Any]:
             began, cpu = time.perf_counter(), time.process_time()
-            types = self._write(path, size)
+            types = self._write(path, theirs)
             return {
                 "bytes": path.stat().st_size,
                 "seconds": time.perf_counter() - began,
@@ -116,14 +117,17 @@ class Comparison:
 
         row = self.kept(f"{kind}-ours", measure)
         if not path.exists():
-            self._write(path, size)
-        assert row["bytes"] <= size
+            self._write(path, theirs)
+        assert row["bytes"] <= theirs.stat().st_size
         return path, row
 
-    def _write(self, path: Path, size: int) -> dict[str, float]:
+    def _write(self, path: Path, theirs: Path) -> dict[str, float]:
         """Make the file; the share of the weights that each type has."""
         context = self.compressor.context
-        plan = self.compressor.sized(size - self.larger)
+        stored = self.target.stored(theirs)
+        most = token_time(self.engine, context.anatomy, stored.texts)
+        limited = replace(context, options=replace(context.options, token_time=most))
+        plan = replace(self.compressor, context=limited).sized(stored.nbytes - self.larger)
         codecs = {name: parse(choice.codec) for name, choice in plan.layers.items()}
         folder = self.work / "artifact"
         shutil.rmtree(folder, ignore_errors=True)
@@ -195,7 +199,8 @@ def table(result: dict[str, Any]) -> str:
         "# GGUF files of the same size, both run by llama.cpp",
         "",
         f"Calibration: {result['calibration']}. Evaluation: {result['evaluation']}. KL in nats per token against the "
-        "float32 reference, computed by llama.cpp with both files.",
+        "float32 reference, computed by llama.cpp with both files. tersor's are made like theirs (`--like`): at most "
+        "the same bytes, and by their types at most the same time a token.",
     ]
     for name, rows in result["models"].items():
         lines += ["", f"## {name}", ""]
@@ -233,7 +238,7 @@ def run(given: argparse.Namespace) -> None:
             except subprocess.CalledProcessError as error:
                 print(f"  llama.cpp failed with {error.returncode}; see its log", flush=True)
                 continue
-            made, ours = comparison.ours(kind, theirs["bytes"])
+            made, ours = comparison.ours(kind, path)
             row = {"kind": kind, "theirs": theirs, "ours": ours}
             kls = [(side["quality"]["kl"], side["quality"]["kl_error"]) for side in (ours, theirs)]
             row["ratio"] = kls[0][0] / kls[1][0]

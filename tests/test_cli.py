@@ -249,6 +249,7 @@ def test_options_reach_the_run_and_are_recorded(
         "sequences": 3, "length": 24, "samples": 0, "seed": 7, "candidates": ["int4:row", "bf16"],
         "solver": "feedback", "sensitivity": "flat", "allocator": "lagrangian", "propagate": False,
         "share_fused": True, "dtype": "float32", "effort": "normal", "tune": None,
-        "engine": "transformers", "tensor_parallel": 1, "onnx_accuracy_level": None,
+        "engine": "transformers", "tensor_parallel": 1, "onnx_accuracy_level": None, "like": None,
+            "token_time": None,
     }  # fmt: skip
     assert {str(codec) for codec in artifact.layers.values()} == {"int4:row", "bf16"}

@@ -14,7 +14,9 @@ import byte_tokenizer
 import tiny_models
 import tiny_runs
 from tersor import api, delivery
+from tersor.anatomy import analyse, open_source, skeleton
 from tersor.cli import app
+from tersor.contracts import Plan
 from tersor.engines.llama_cpp import engine as llama_cpp
 from tersor.engines.llama_cpp.library import find_library
 from tersor.errors import BadInput, CorruptArtifact, EngineFailed, Infeasible
@@ -78,6 +80,50 @@ def test_other_families(
     done = compress(model(family, **options.get(family, {})), tmp_path / "x.gguf", size="40%")
     assert done.proof is not None
     assert done.proof.noise < 2e-3
+
+
+def test_like_another_file_is_no_larger_and_no_slower(
+    model: Callable[..., Path], compress: Callable[..., delivery.Delivered], tmp_path: Path
+):
+    pace = delivery.ENGINES["llama.cpp"].pace
+    assert pace is not None
+    folder, other = model(num_hidden_layers=4), tmp_path / "other.gguf"
+    quick = ("q4_0", "iq4_nl", "q8_0")  # with less time than these take, and all types to choose from, others are out
+    given = compress(folder, other, size=160_000, candidates=quick).result
+    free = compress(folder, tmp_path / "free.gguf", size=given.plan.file_bytes).result
+    like = compress(folder, tmp_path / "like.gguf", like=other).result
+
+    source = open_source(folder)
+    anatomy = analyse(source, skeleton(source))
+    read = [layer for layer in anatomy.layers if layer.name != anatomy.embedding]
+
+    def time(plan: Plan) -> float:
+        return sum(layer.parameters * pace[plan.layers[layer.name].codec] for layer in read)
+
+    assert like.plan.file_bytes <= given.plan.file_bytes
+    assert time(like.plan) <= time(given.plan) * (1 + 1e-9)
+    assert time(free.plan) > time(given.plan)
+    assert free.plan.predicted <= like.plan.predicted
+    planned = api.plan(folder, engine="llama.cpp", like=other, size=170_000, fast=True, cache_dir=tmp_path / "cache")
+    assert planned.plan.file_bytes > given.plan.file_bytes
+    assert time(planned.plan) <= time(given.plan) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("engine", "like", "why"),
+    [
+        (
+            "transformers",
+            "x.gguf",
+            r"How fast transformers runs a file is not known here; give --like with --for llama\.cpp",
+        ),
+        ("onnx", "x.gguf", r"How fast onnx runs a file is not known here"),
+        ("llama.cpp", "none.gguf", r"none\.gguf is no file for llama\.cpp; give one of this very model"),
+    ],
+)
+def test_what_nothing_can_be_like(engine: str, like: str, why: str, model: Callable[..., Path], tmp_path: Path):
+    with pytest.raises(BadInput, match=why):
+        api.plan(model(), engine=engine, like=tmp_path / like, cache_dir=tmp_path / "cache")
 
 
 def test_more_bytes_are_needed(model: Callable[..., Path], compress: Callable[..., delivery.Delivered], tmp_path: Path):

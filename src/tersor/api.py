@@ -60,7 +60,7 @@ def _options(budget: Budget | None, settings: Mapping[str, Any]) -> Options:
         settings["max_memory"] = parse_bytes(cap, "--max-memory")
     if settings.get("candidates") is not None:
         settings["candidates"] = tuple(settings["candidates"])
-    for name in ("text", "eval_text"):
+    for name in ("text", "eval_text", "like"):
         if isinstance(settings.get(name), Path):
             settings[name] = str(settings[name])
     return Options(budget=budget, **settings)
@@ -102,7 +102,7 @@ def plan(
     what is to run it, ``transformers`` or a name in :data:`tersor.delivery.ENGINES`. Other settings: see
     :class:`~tersor.stages.options.Options`. Raises a :class:`~tersor.errors.TersorError` for bad input.
     """
-    options = _options(parse_budget(_text(size), _text(memory), bpw), {**settings, "engine": engine})
+    options = _options(_budget(size, memory, bpw, settings), {**settings, "engine": engine})
     other = delivery.engine_for(options)
     if other is not None:
         return delivery.plan_for(other, resolve(model), options, fast=fast, progress=progress, cache_dir=cache_dir)
@@ -130,7 +130,7 @@ def compress(
     same call after a crash continues. Returns what was measured. Raises a :class:`~tersor.errors.TersorError` for bad
     input, and when the written artifact is not what was planned.
     """
-    given, budget = _given(plan, size, memory, bpw)
+    given, budget = _given(plan, size, memory, bpw, settings)
     options = _options(budget, settings)
     if delivery.engine_for(options) is not None:
         raise BadInput(f"compress() writes a folder for transformers; for {options.engine}, use compress_for().")
@@ -169,7 +169,7 @@ def compress_for(
     source's. Raises a :class:`~tersor.errors.TersorError` for what cannot be done, engine rules included, before any
     work.
     """
-    given, budget = _given(plan, size, None, bpw)
+    given, budget = _given(plan, size, None, bpw, settings)
     options = _options(budget, {**settings, "engine": engine})
     other = delivery.engine_for(options)
     if other is None:
@@ -219,12 +219,19 @@ def prove(
 
 
 def _given(
-    plan: Plan | str | Path | None, size: Size, memory: Size, bpw: float | None
+    plan: Plan | str | Path | None, size: Size, memory: Size, bpw: float | None, settings: Mapping[str, Any]
 ) -> tuple[Plan | None, Budget | None]:
     """The plan to follow, if any, and the budget, which such a plan brings unless another one is asked for."""
     given = _read_plan(plan) if isinstance(plan, (str, Path)) else plan
     asked = [value for value in (size, memory, bpw) if value is not None]
-    return given, None if given is not None and not asked else parse_budget(_text(size), _text(memory), bpw)
+    return given, None if given is not None and not asked else _budget(size, memory, bpw, settings)
+
+
+def _budget(size: Size, memory: Size, bpw: float | None, settings: Mapping[str, Any]) -> Budget | None:
+    """The budget; None where a file brings it. Raises BadInput for none or two."""
+    if settings.get("like") is not None and all(value is None for value in (size, memory, bpw)):
+        return None
+    return parse_budget(_text(size), _text(memory), bpw)
 
 
 def _read_plan(path: str | Path) -> Plan:

@@ -61,6 +61,10 @@ Engine = Annotated[
 Ranks = Annotated[
     int, typer.Option("--tensor-parallel", help="Processors that the engine named by --for splits each layer over.")
 ]
+Like = Annotated[
+    str | None,
+    typer.Option(help="A file of the same model for --for llama.cpp: be no larger (unless --size says so), no slower."),
+]
 Accuracy = Annotated[
     int | None,
     typer.Option(
@@ -145,6 +149,7 @@ def plan(
     engine: Engine = "transformers",
     tensor_parallel: Ranks = 1,
     onnx_accuracy_level: Accuracy = None,
+    like: Like = None,
     as_json: Json = False,
 ) -> None:
     """Choose codecs within a budget; show exact sizes and the cost of the run. Encodes nothing."""
@@ -198,6 +203,7 @@ def compress(
     engine: Engine = "transformers",
     tensor_parallel: Ranks = 1,
     onnx_accuracy_level: Accuracy = None,
+    like: Like = None,
     as_json: Json = False,
 ) -> None:
     """Compress a model within a budget, verify the result and measure it. Continues an interrupted run."""

@@ -15,7 +15,7 @@ from tersor import pipeline
 from tersor.anatomy import Source, cache_folder
 from tersor.artifact import STATE_FOLDER, Artifact, atomic_write
 from tersor.contracts import Anatomy, Codec, Plan
-from tersor.engines.contract import Engine, Stored, Target, check_codecs, warnings
+from tersor.engines.contract import Engine, Stored, Target, check_codecs, token_time, warnings
 from tersor.engines.table import ENGINES, engine_of, find_engine
 from tersor.errors import BadInput, CorruptArtifact, EngineFailed, Infeasible, VerificationFailed
 from tersor.pipeline import Planned, Result
@@ -62,6 +62,9 @@ class _Job:
 def engine_for(options: Options) -> Engine | None:
     """The engine that is asked for; None for transformers. Raises BadInput where it cannot do what is asked of it."""
     engine = find_engine(options.engine)
+    if options.like is not None and (engine is None or engine.pace is None):
+        able = " or ".join(name for name, one in ENGINES.items() if one.pace is not None)
+        raise BadInput(f"How fast {options.engine} runs a file is not known here; give --like with --for {able}.")
     if options.tensor_parallel > 1 and (engine is None or not engine.splits):
         able = " or ".join(name for name, one in ENGINES.items() if one.splits) or "another engine"
         raise BadInput(
@@ -84,6 +87,8 @@ def _job(engine: Engine, model: str | Path | nn.Module, options: Options, cache_
 def _inner(job: _Job, options: Options) -> tuple[Options, int]:
     """The options of the run that makes the tensors, and the file's budget in bytes."""
     name, anatomy = job.engine.name, job.target.anatomy
+    if options.like is not None:
+        options = _as(job, options, Path(options.like))
     if options.budget is None:
         raise BadInput("Give a budget: --size or --bpw.")
     if options.budget.kind == "memory":
@@ -93,6 +98,16 @@ def _inner(job: _Job, options: Options) -> tuple[Options, int]:
     job.engine.check(texts)
     rule_notes(options, anatomy, parsed(texts))  # refuses, before any work, what leaves no layer a codec
     return replace(options, budget=Budget("size", wanted - job.larger), candidates=texts), wanted
+
+
+def _as(job: _Job, options: Options, path: Path) -> Options:
+    """Options with the size, unless there is a budget, and the speed of a file of the engine's."""
+    if not job.engine.recognises(path):
+        raise BadInput(f"--like {path} is no file for {job.engine.name}; give one of this very model.")
+    stored = job.target.stored(path)
+    time = token_time(job.engine, job.target.anatomy, stored.texts)
+    budget = options.budget or Budget("size", stored.nbytes)
+    return replace(options, like=None, token_time=time, budget=budget)
 
 
 def _infeasible(error: Infeasible, job: _Job, wanted: int) -> Infeasible:
@@ -138,7 +153,7 @@ def _texts(plan: Plan) -> dict[str, str]:
 def _followed(job: _Job, options: Options, given: Plan) -> tuple[Options, int]:
     """Options and budget of a run that follows a plan. Raises BadInput for one that the engine cannot run, or that is
     over its budget."""
-    if options.budget is not None:
+    if options.budget is not None or options.like is not None:
         raise BadInput("Give --plan or a budget; a plan for an engine brings its own budget.")
     texts = _texts(given)
     strangers = set(texts) ^ {layer.name for layer in job.target.anatomy.layers}

@@ -73,7 +73,7 @@ class Exact(Allocator):
         cost = problem.distortion[points] / problem.cost(picks)
         limits = Limits(gap=self.gap, nodes=self.nodes, seconds=self.time_limit)
         for _ in range(3):
-            chosen = choose(owner, extra // unit, cost, room=room // unit, limits=limits)
+            chosen = choose(owner, (extra // unit)[None].astype(float), cost, room=[room // unit], limits=limits)
             if chosen is None:
                 return None
             found = picks.copy()

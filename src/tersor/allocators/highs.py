@@ -1,4 +1,4 @@
-"""One item of each owner within a limit, at least cost: the integer programme, by scipy's HiGHS."""
+"""One item of each owner within limits, at least cost: the integer programme, by scipy's HiGHS."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ctypes
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,11 +32,12 @@ class Limits:
     seconds: float | None
 
 
-def choose(owner: Ints, extra: Ints, cost: Floats, *, room: int, limits: Limits) -> Ints | None:
-    """Positions of the chosen items, one an owner, with ``extra`` in all at most ``room`` and least total ``cost``.
+def choose(owner: Ints, extra: Floats, cost: Floats, *, room: Sequence[float], limits: Limits) -> Ints | None:
+    """Positions of the chosen items, one an owner, with least total ``cost``, and in all at most ``room`` of ``extra``.
 
-    ``cost`` should add up to about 1 for a good choice. The solver's tolerances mean that ``room`` can be exceeded by
-    about a millionth of the largest ``extra``: check. None when no choice was found within the limits.
+    ``extra``: ``(rooms, items)``, what each takes of each. ``cost`` should add up to about 1 for a good choice. The
+    solver's tolerances mean that a room can be exceeded by about a millionth of its largest ``extra``: check. None when
+    no choice was found within the limits.
     """
     count = len(owner)
     owners, row = np.unique(owner, return_inverse=True)
@@ -51,7 +52,7 @@ def choose(owner: Ints, extra: Ints, cost: Floats, *, room: int, limits: Limits)
             bounds=optimize.Bounds(0, 1),
             constraints=[
                 optimize.LinearConstraint(one_each, 1, 1),
-                optimize.LinearConstraint(extra[None, :].astype(np.float64), -np.inf, room),
+                optimize.LinearConstraint(extra, -np.inf, np.asarray(room, np.float64)),
             ],
             options=options,
         )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from tersor.allocators import Exact, Lagrangian, expand_groups, merge_groups
+from tersor.allocators import Exact, Lagrangian, allocate_within, expand_groups, merge_groups
 from tersor.artifact import (
     MAX_SHARD_SIZE,
     Layout,
@@ -20,6 +20,7 @@ from tersor.artifact import (
 )
 from tersor.codecs import parse
 from tersor.contracts import Allocator, Anatomy, Choice, Codec, Layer, Plan, RatePoint
+from tersor.engines.contract import Engine, layer_time
 from tersor.engines.contract import groups as engine_groups
 from tersor.engines.table import find_engine
 from tersor.errors import BadInput, Infeasible, ShapeMismatch
@@ -90,7 +91,7 @@ def check_feasible(anatomy: Anatomy, budget: Budget, candidates: Mapping[str, Ma
 
 
 def make_plan(anatomy: Anatomy, curves: Mapping[str, list[RatePoint]], budget: int, options: Options) -> Plan:
-    """Least predicted loss within ``budget`` bytes of weight files."""
+    """Least predicted loss within ``budget`` bytes of weight files, and within ``options.token_time``."""
     costs = Costs(anatomy, budget)
     allocator: Allocator = Exact() if options.allocator == "exact" else Lagrangian()
     engine = find_engine(options.engine)
@@ -101,7 +102,11 @@ def make_plan(anatomy: Anatomy, curves: Mapping[str, list[RatePoint]], budget: i
                 groups.setdefault(f"fused:{layer.fused}", []).append(layer.name)
     merged = merge_groups(curves, groups)
     try:
-        chosen = allocator.allocate(merged, budget - costs.fixed)
+        if engine is None or options.token_time is None:
+            chosen = allocator.allocate(merged, budget - costs.fixed)
+        else:
+            times = _times(engine, anatomy, merged, groups)
+            chosen = allocate_within(allocator, merged, budget - costs.fixed, times, options.token_time)
     except Infeasible as error:
         # Costs are bounds, some bytes a tensor too high; the cheapest choices may fit all the same.
         chosen = {key: min(points, key=lambda point: point.nbytes) for key, points in merged.items()}
@@ -114,6 +119,20 @@ def make_plan(anatomy: Anatomy, curves: Mapping[str, list[RatePoint]], budget: i
             least,
         ) from error
     return plan_from_points(anatomy, expand_groups(chosen, curves, groups), budget)
+
+
+def _times(
+    engine: Engine, anatomy: Anatomy, merged: Mapping[str, Sequence[RatePoint]], groups: Mapping[str, Sequence[str]]
+) -> dict[str, list[float]]:
+    """Microseconds a token that the engine takes for each point of each layer or group."""
+    layers = {layer.name: layer for layer in anatomy.layers}
+    return {
+        key: [
+            sum(layer_time(engine, anatomy, layers[name], point.choice) for name in groups.get(key, (key,)))
+            for point in points
+        ]
+        for key, points in merged.items()
+    }
 
 
 def plan_from_points(anatomy: Anatomy, points: Mapping[str, RatePoint], budget: int) -> Plan:
