@@ -98,13 +98,13 @@ out/reference-wide: $(USER)
 # W4A16 in compressed-tensors against llm-compressor's GPTQ, which is installed under out/tools/.
 bench-w4a16: out/reference
 	@test -f $(TEXT) || { echo "name a text to measure on: make bench-w4a16 TEXT=/path/to/text.txt" >&2; exit 1; }
-	$(INSTALL) --editable '.[compressed-tensors]'
+	$(INSTALL) compressed-tensors
 	$(BIN)/python benchmarks/engines_w4a16.py --model out/reference --text $(TEXT) \
 	  --model-name "re-gauged SmolLM2-135M-Instruct (benchmarks/reference_model.py)"
 
 bench-engines: out/reference out/reference-wide bench-w4a16
 	@test -f $(TEXT) || { echo "name a text to measure on: make bench-engines TEXT=/path/to/text.txt" >&2; exit 1; }
-	$(INSTALL) --editable '.[gguf]' xllamacpp
+	$(INSTALL) xllamacpp
 	$(BIN)/python benchmarks/engines.py --model out/reference --wide out/reference-wide --text $(TEXT)
 
 # Products with packed weights against the speed of reading memory; then whole models against llama.cpp (built here: needs
@@ -115,7 +115,7 @@ bench-kernels: $(USER)
 	$(BIN)/python benchmarks/speed_page.py
 
 bench-decode: out/reference
-	$(INSTALL) --editable '.[demo]' matplotlib
+	$(INSTALL) matplotlib
 	$(BIN)/python benchmarks/decode.py --model out/reference
 	$(BIN)/python benchmarks/speed_page.py
 
