@@ -161,13 +161,16 @@ def groups(engine: Engine, anatomy: Anatomy) -> dict[str, list[str]]:
 def token_time(engine: Engine, anatomy: Anatomy, texts: Mapping[str, str]) -> float:
     """Microseconds that all products of one token take by ``engine.pace``, with these codecs by layer.
 
-    Experts count as though a token went to all of them. Raises BadInput for an engine without such figures.
+    Raises BadInput for an engine without such figures.
     """
     return sum(layer_time(engine, anatomy, layer, texts[layer.name]) for layer in anatomy.layers)
 
 
 def layer_time(engine: Engine, anatomy: Anatomy, layer: Layer, text: str) -> float:
-    """The part of :func:`token_time` that one layer has. Of an embedding that is no head only one row is read."""
+    """Microseconds that one layer takes when a token is written, by ``engine.pace``.
+
+    Of an embedding that is no head only one row is read; experts count as though a token went to all of them.
+    """
     if engine.pace is None:
         raise BadInput(f"How fast {engine.name} is with each codec is not known here; give a size instead of --like.")
     read = layer.parameters if layer.name != anatomy.embedding or anatomy.head == anatomy.embedding else 0

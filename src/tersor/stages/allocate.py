@@ -26,6 +26,9 @@ from tersor.engines.table import find_engine
 from tersor.errors import BadInput, Infeasible, ShapeMismatch
 from tersor.stages.options import Budget, Options
 
+_SURELY = 0.97
+"""Of a limit on time: an engine's times of codecs are right to a few percent. All of it where less cannot be had."""
+
 
 def artifact_layout(anatomy: Anatomy, codecs: Mapping[str, Codec]) -> Layout:
     """The exact layout of all weight files for these choices."""
@@ -106,7 +109,11 @@ def make_plan(anatomy: Anatomy, curves: Mapping[str, list[RatePoint]], budget: i
             chosen = allocator.allocate(merged, budget - costs.fixed)
         else:
             times = _times(engine, anatomy, merged, groups)
-            chosen = allocate_within(allocator, merged, budget - costs.fixed, times, options.token_time)
+            room, most = budget - costs.fixed, options.token_time
+            try:
+                chosen = allocate_within(allocator, merged, room, times, _SURELY * most)
+            except BadInput:
+                chosen = allocate_within(allocator, merged, room, times, most)
     except Infeasible as error:
         # Costs are bounds, some bytes a tensor too high; the cheapest choices may fit all the same.
         chosen = {key: min(points, key=lambda point: point.nbytes) for key, points in merged.items()}
