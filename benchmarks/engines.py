@@ -174,7 +174,7 @@ class Comparison:
             speeds: tuple[list[float], list[float]] = ([], [])
             for _ in range(TURNS):
                 for path, found in zip(files, speeds, strict=True):
-                    command = [str(program), "-m", str(path), "-p", "0", "-n", "64", "-r", "1", "-o", "json"]
+                    command = [str(program), "-m", str(path), "-p", "0", "-n", "64", "-r", "3", "-o", "json"]
                     command += ["-t", str(self.given.workers), "-ngl", "0"]
                     answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
                     found.append(json.loads(answer)[0]["avg_ts"])
