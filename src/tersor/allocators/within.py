@@ -39,20 +39,21 @@ def allocate_within(
     Raises what allocators raise, and :class:`~tersor.errors.BadInput` where no price keeps the limit.
     """
 
-    def taken(picks: Picks) -> float:
-        return sum(times[key][pick] for key, pick in picks.items())
-
     def lost(picks: Picks) -> float:
         return sum(curves[key][pick].distortion for key, pick in picks.items())
 
     free = _priced(allocator, curves, budget, times, 0.0)
     best = free
-    if taken(free) > most:
-        best = _cheapest_price(curves, budget, times, most, max(lost(free), 1e-12) / taken(free))
+    if _taken(times, free) > most:
+        best = _cheapest_price(curves, budget, times, most, max(lost(free), 1e-12) / _taken(times, free))
         found = _search(curves, budget, times, most, lost(best))
-        if found is not None and taken(found) <= most and lost(found) < lost(best):
+        if found is not None and _taken(times, found) <= most and lost(found) < lost(best):
             best = found
     return {key: curves[key][pick] for key, pick in best.items()}
+
+
+def _taken(times: Mapping[str, Sequence[float]], picks: Picks) -> float:
+    return sum(times[key][pick] for key, pick in picks.items())
 
 
 def _priced(
@@ -84,7 +85,7 @@ def _cheapest_price(
 
     def at(price: float) -> tuple[Picks, float]:
         picks = _priced(Lagrangian(), curves, budget, times, price)
-        return picks, sum(times[key][pick] for key, pick in picks.items())
+        return picks, _taken(times, picks)
 
     low, high = 0.0, 1e-3 * unit
     best, taken = at(high)
