@@ -45,9 +45,11 @@ class Page:
         if fresh or self.driver.current_url != path.as_uri():
             self.driver.get(path.as_uri())
             self.wait(lambda: self.run("return document.documentElement.dataset.charts"))
-        # The browser tells the page about its new width when it likes; this asks it to.
+        # The browser tells the page about its new width when it likes; this asks it to. Of a new colour scheme it tells
+        # before it next draws a frame.
         self.wait(lambda: self.run("return innerWidth") == width)
         self.run("dispatchEvent(new Event('resize'))")
+        self.driver.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
         self.wait(lambda: self.run("return document.documentElement.dataset.charts") != "waiting")
 
     def run(self, script: str, *arguments: Any) -> Any:

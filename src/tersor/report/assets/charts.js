@@ -97,7 +97,8 @@ function drawGrid() {
   const down = { ...bare, range: [grid.length - 0.5, -0.5] };
   const xaxis = state.columns ? { ...across, ...blockTicks, title: { text: "block", standoff: 6 } } : { ...across, ...kindTicks, tickangle: -90, side: "top" };
   const yaxis = { ...down, ...(state.columns ? kindTicks : blockTicks) };
-  plot("grid", [{
+  drawLegend(metric, low, high);
+  return plot("grid", [{
     type: "heatmap", z: grid.map((row) => row.map(scaled)), zmin: low, zmax: high > low ? high : low + 1, colorscale: colour.heat, showscale: false,
     xgap: size > 16 ? 2 : 1, ygap: 2, hoverongaps: false, customdata: grid,
     hovertext: grid.map((row) => row.map((i) => (i === null ? "" : hoverText(i)))), hovertemplate: "%{hovertext}<extra></extra>",
@@ -106,7 +107,6 @@ function drawGrid() {
     width: state.columns ? Math.max(box, 12 * view.blocks.length + 130) : box,
     height: state.columns ? 30 * view.kinds.length + 62 : row * view.blocks.length + 110,
   }));
-  drawLegend(metric, low, high);
 }
 
 /** The numbers in the cells, each black or white, whichever stands out more from its cell. */
@@ -189,7 +189,7 @@ function drawCurve() {
   if (chosen !== null && valid.includes(chosen)) {
     traces.push({ name: "chosen", ...xy(i, [chosen]), mode: "markers+text", marker: { size: 13, color: colour.accent }, text: [plain(curve[chosen].choice)], textposition: curve[chosen].nbytes > 0.5 * Math.max(...curve.map((p) => p.nbytes)) ? "top left" : "top right", textfont: { color: colour.ink, size: 12 }, hovertext: [pointText(chosen)], hovertemplate: hover.hovertemplate });
   }
-  plot("curve", traces, layout(colour, {
+  return plot("curve", traces, layout(colour, {
     height: 340, width: byId("curve").parentElement.clientWidth, hovermode: "closest", margin: { l: 8, r: 16, t: 16, b: 8 },
     xaxis: { type: "log", tickvals: [0.5, 1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32], title: { text: "bits per weight, everything stored" } },
     yaxis: { type: "log", title: { text: "expected loss, nats per token" }, exponentformat: "power", dtick: 1, tickfont: { size: 10, color: colour["ink-3"] } },
@@ -235,7 +235,7 @@ function drawShares() {
   const width = panel.clientWidth - 2 * parseFloat(getComputedStyle(panel).paddingLeft);
   const every = Math.ceil(x.length / Math.max(1, width / 30));
   const ticks = view.blocks.filter((_, b) => b % every === 0).map(String);
-  plot("shares", traces, layout(colour, {
+  return plot("shares", traces, layout(colour, {
     height: 290, width, barmode: "stack", bargap: 0.12,
     xaxis: { type: "category", categoryorder: "array", categoryarray: x, tickvals: ticks, tickangle: 0, title: { text: "block", standoff: 8 }, showgrid: false },
     yaxis: { title: { text: "share of predicted loss, %" } },
@@ -291,11 +291,10 @@ function startControls() {
     `${data.layers[i].layer.name} · ${data.layers[i].codec} · ${view.layers[i].bits.toFixed(2)} bits`)));
 }
 
-function drawAll() {
+async function drawAll() {
   if (!window.Plotly) return;
-  if (METRICS.length && cells.length) drawGrid();
-  drawCurve();
-  drawShares();
+  status("waiting");
+  await Promise.all([METRICS.length && cells.length && drawGrid(), drawCurve(), drawShares()]);
   status("drawn");
 }
 
@@ -337,9 +336,9 @@ async function startCharts() {
     status("failed");
     return;
   }
-  drawAll();
-  byId("grid").on?.("plotly_click", ({ points }) => { if (points[0].customdata !== null) select(points[0].customdata); });
   listeners.push(drawAll);
+  await drawAll();
+  byId("grid").on?.("plotly_click", ({ points }) => { if (points[0].customdata !== null) select(points[0].customdata); });
   let waiting;
   let width = innerWidth;
   addEventListener("resize", () => {
