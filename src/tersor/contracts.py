@@ -27,6 +27,8 @@ from tersor.errors import ShapeMismatch
 Shape = tuple[int, int]
 Side = Mapping[str, Tensor]
 """Side information of a leaf: named tensors, rows first, float32, already on the grid of what will be stored."""
+Rounding = Callable[[Tensor], Tensor]
+"""Inputs ``(..., in)`` of a layer to what an engine multiplies by its weight."""
 
 
 @dataclass(frozen=True)
@@ -237,13 +239,14 @@ class LeafCodec(Codec):
 class Gram:
     """Second moment of a layer's inputs: ``matrix (in, in)`` float32, mean over ``tokens`` tokens of ``x xᵀ``.
 
-    ``damped``: a codec added to the diagonal all that is wanted. ``reach``: the greatest magnitude of any entry of
-    these inputs; None where not known."""
+    ``damped``: a codec added to the diagonal all that is wanted. ``reach``: greatest magnitude of these inputs, if
+    known. ``noise``: by codec the mean square, ``(in,)`` float32, of what an engine rounds off them; if it does."""
 
     matrix: Tensor
     tokens: int
     damped: bool = False
     reach: float | None = None
+    noise: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Solver(ABC):
@@ -343,8 +346,8 @@ Fate = Literal["encoded", "kept", "tied", "dropped"]
 class TensorFate:
     """What becomes of one tensor of the source, so that each is accounted for.
 
-    ``name``: as in the source file. ``target``: parameter in the instantiated model (several source tensors may make
-    one), or None when dropped. ``reason``: one phrase, mandatory for everything but plain encoding.
+    ``name``: as in the source file. ``target``: parameter in the instantiated model, which several may make, or None.
+    ``reason``: one phrase, mandatory for everything but plain encoding.
     """
 
     name: str
@@ -361,8 +364,8 @@ class Anatomy:
 
     ``blocks``: module paths of the ordered blocks. ``layers``: all encodable layers in the order of computation,
     blocks first to last; embedding and head included. ``kept``: parameters (and persistent buffers) that stay as they
-    are, ``name -> (dtype, shape)`` as they will be stored. ``embedding`` / ``head``: layer names; the same name when
-    tied. ``notes``: what a user should know (unknown parts kept, and so on).
+    are, ``name -> (dtype, shape)`` as they will be stored. ``embedding`` / ``head``: layer names, the same when tied.
+    ``notes``: what a user should know (unknown parts kept, and so on).
     """
 
     model_type: str
@@ -387,10 +390,9 @@ class Anatomy:
 
 @dataclass(frozen=True)
 class RatePoint:
-    """One choice for one layer.
+    """One choice for one layer: ``nbytes`` in the file, header entries included; the codec's text.
 
-    ``nbytes``: exact cost in the file, header entries included. ``distortion``: expected increase of the objective
-    (nats of KL per token, when sensitivities are measured). ``choice``: the codec's text.
+    ``distortion``: expected increase of the objective (nats of KL per token, when sensitivities are measured).
     """
 
     nbytes: int
@@ -409,10 +411,9 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which codec each layer gets, with exact sizes. Serialises to a JSON file that a person can read and edit.
+    """Which codec each layer gets; kept as JSON that a person can read and edit. ``predicted``: sum of distortions.
 
-    ``file_bytes``: exactly, of all weight files. ``budget``: bytes asked for. ``predicted``: sum of distortions.
-    """
+    ``file_bytes``: exactly, of all weight files. ``budget``: bytes asked for."""
 
     layers: Mapping[str, Choice]
     budget: int
@@ -436,9 +437,8 @@ class Allocator(ABC):
 class Quality:
     """What was measured of a compressed model against its reference, per token, natural logarithms.
 
-    ``kl``: mean KL(reference ‖ compressed) in nats; ``kl_error``: its standard error, from sequence means.
-    ``perplexity`` and ``reference_perplexity`` on the same tokens; ``top1``: share of tokens whose most likely next
-    token agrees. ``tokens``, ``text``: how many and which.
+    ``kl``: mean KL(reference ‖ compressed); ``kl_error``: its standard error, from sequence means. ``top1``: share of
+    tokens whose most likely next token agrees. ``tokens``, ``text``: how many and which, of the perplexities too.
     """
 
     kl: float

@@ -44,6 +44,7 @@ from tersor.stages.allocate import (
     make_plan,
     sized_plan,
 )
+from tersor.stages.candidates import candidate_notes, layer_candidates
 from tersor.stages.context import Context, Progress, silent
 from tersor.stages.encode import encode_model
 from tersor.stages.estimate import Estimate, check_disk, choose_workers, chunk_sequences, disk_bytes, estimate
@@ -164,7 +165,7 @@ def plan(
     work = Work(work_folder or cache / "plans" / key)
     context = _context(source, body, anatomy, options, work, workers, progress)
     target = _target(context)
-    notes = anatomy.notes + curve_stage.candidate_notes(context)
+    notes = anatomy.notes + candidate_notes(context)
     with one_thread_each():
         if fast:
             records = fast_curves(context)
@@ -243,7 +244,7 @@ def _run(
     work, anatomy, options = context.work, context.anatomy, context.options
     resumed = work.has("texts.json")
     with clock.stage("open"):
-        notes = curve_stage.candidate_notes(context) if given is None else ()
+        notes = candidate_notes(context) if given is None else ()
         check_finite(context)
     with clock.stage("text"):
         texts = prepare_texts(context.source, options, cache=cache, workers=context.workers, progress=context.progress)
@@ -373,7 +374,7 @@ def _plan(context: Context, target: int, given: Plan | None) -> tuple[Plan, Mapp
 def _target(context: Context) -> int:
     """The budget in bytes, checked to be reachable before any work."""
     budget = _needs_budget(context.options)
-    candidates = {layer.name: curve_stage.layer_candidates(context, layer) for layer in context.anatomy.layers}
+    candidates = {layer.name: layer_candidates(context, layer) for layer in context.anatomy.layers}
     check_feasible(context.anatomy, budget, candidates)
     return budget_bytes(context.anatomy, budget)
 

@@ -11,6 +11,7 @@ import pytest
 from tersor.anatomy import analyse, open_source, skeleton
 from tersor.codecs import parse
 from tersor.contracts import Anatomy, Layer
+from tersor.engines.compressed_tensors.engine import ENGINE
 from tersor.engines.compressed_tensors.rules import refuses
 from tersor.pipeline import examine
 from tersor.stages.options import Options
@@ -50,3 +51,10 @@ def test_codes_that_are_not_packed_need_no_whole_words(text: str, tiny: Callable
     assert refuses(anatomy, layer, parse(text), 1) is None
     assert refuses(anatomy, layer, parse(text), 2) is None
     assert refuses(anatomy, layer, parse("sint8:row:bf16"), 1) == "words of 4 codes do not divide its 130 inputs"
+
+
+def test_planning_knows_which_codecs_round_inputs() -> None:
+    assert ENGINE.rounds(parse("sint8:row:bf16:a8")) is not None
+    assert ENGINE.rounds(parse("fp8:e4m3:row:bf16")) is not None
+    assert ENGINE.rounds(parse("sint8:row:bf16:a8s")) is None  # by a scale that is not known yet
+    assert ENGINE.rounds(parse("sint4:g128:bf16")) is None

@@ -26,7 +26,8 @@ from tersor.stages.allocate import (
     sized_plan,
     uniform_plan,
 )
-from tersor.stages.curves import layer_candidates, rate_points
+from tersor.stages.candidates import layer_candidates
+from tersor.stages.curves import rate_points
 from tersor.stages.fast import fast_curves
 from tersor.stages.options import Budget, Options
 

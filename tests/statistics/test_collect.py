@@ -156,7 +156,7 @@ def a_layer(shape: tuple[int, int], **changes: Any) -> Layer:
 
 
 def adding_to(sums: Grams) -> Callable[[Use], None]:
-    return lambda use: sums.add(use, second_moment(use))
+    return lambda use: sums.add(use, second_moment(use), {})
 
 
 def seen_by(layer: Layer, weight: Tensor, run: Callable[[], Any]) -> list[Use]:

@@ -15,13 +15,11 @@ import torch
 from torch import Tensor
 
 from tersor.anatomy import Source
-from tersor.contracts import Anatomy, Codec, Layer
+from tersor.contracts import Anatomy, Codec, Layer, Rounding
 from tersor.errors import BadInput
 
 Read = Callable[[str], Tensor | Mapping[str, Tensor]]
 """By layer name its stored tensors by part; by parameter name the value of what is kept."""
-Rounding = Callable[[Tensor], Tensor]
-"""Inputs ``(..., in)`` of a layer to what it multiplies by."""
 
 
 class Stored(Protocol):
@@ -118,8 +116,9 @@ class Engine:
     its arithmetic; None where they cannot. ``warns(layer, codec)``: what is to be said where not all programs that read
     such files load this layer in that codec. ``shuns(layer, codec)``: whether it is to be chosen only where nothing
     else is left, as what proves files here does not load it. ``pace``: picoseconds that one weight of each codec takes
-    when a token is written, on the machine where they were compared; None where they were not. ``open``: see
-    :class:`Opener`.
+    when a token is written, on the machine where they were compared; None where they were not.
+    ``rounds(codec)``: how it rounds inputs of a layer in that codec, as far as the codec alone says; one function for
+    all codecs with which it does the same. ``open``: see :class:`Opener`.
     ``recognises(path)``: whether a file or folder is one of its. ``installed()``, ``run(path, length, threads)``: the
     real engine, which raises EngineFailed.
     """
@@ -141,6 +140,7 @@ class Engine:
     warns: Callable[[Layer, Codec], str | None] = lambda _layer, _codec: None
     shuns: Callable[[Layer, Codec], bool] = lambda _layer, _codec: False
     pace: Mapping[str, float] | None = None
+    rounds: Callable[[Codec], Rounding | None] = lambda _codec: None
 
     @property
     def unproven(self) -> str:

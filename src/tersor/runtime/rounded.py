@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tersor.contracts import Anatomy, Layer
+from tersor.contracts import Anatomy, Layer, Rounding
 from tersor.runtime.residence import Load
 from tersor.runtime.stream import BlockStream
 
@@ -25,7 +25,7 @@ class RoundedStream(BlockStream):
         model: nn.Module,
         anatomy: Anatomy,
         load: Load,
-        rounding: Callable[[Layer], Callable[[Tensor], Tensor] | None],
+        rounding: Callable[[Layer], Rounding | None],
         *,
         dtype: torch.dtype,
     ) -> None:
@@ -48,5 +48,5 @@ class RoundedStream(BlockStream):
         return owner if isinstance(owner, nn.Linear) else None
 
 
-def _before(rounding: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+def _before(rounding: Rounding) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
     return lambda _module, given: (rounding(given[0]), *given[1:])

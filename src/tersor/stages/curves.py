@@ -5,22 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tersor.codecs import parse
-from tersor.codecs.inner import streamed
-from tersor.contracts import Codec, Gram, Layer, RatePoint
-from tersor.errors import BadInput, ShapeMismatch
+from tersor.contracts import Gram, Layer, RatePoint
 from tersor.parallel import in_order
 from tersor.runtime.stream import BlockStream
 from tersor.solvers import Encoder, Nearest
-from tersor.stages.context import Context, Record, block_weights, oriented, parsed
+from tersor.stages.candidates import engine_roundings, layer_candidates, middle
+from tersor.stages.context import Context, Record, block_weights, oriented
 from tersor.stages.memory import give_back
-from tersor.stages.options import default_candidates, searches, usable
-from tersor.stages.rules import fitting, rule_notes
 from tersor.stages.sensitivity import advance, backward_from, head_parameter, load_moments
 from tersor.stages.stretches import Measured, combine, stretch_stops
 from tersor.stages.work import Hidden
@@ -31,6 +29,7 @@ from tersor.statistics.sensitivity import Objective, embedding_gram, embedding_o
 STAGE = "curves"
 OUTSIDE = "curves/outside.json"
 """Where what was measured of embedding and head lies, once all is."""
+_NOISE = "noise/"
 SAMPLE_ROWS = 48
 EMBEDDING_ROWS = 384
 SAMPLE_COPIES = 4
@@ -132,13 +131,15 @@ def _block_statistics(
     def forward(chunk: int) -> Tensor:
         return stream.run(module, block, before.read(chunk))
 
-    fit = collect_grams(forward, fit_chunks, weights, workers=context.workers, keep=after.write)
+    roundings = engine_roundings(context, weights)
+    fit = collect_grams(forward, fit_chunks, weights, workers=context.workers, keep=after.write, roundings=roundings)
     held = collect_grams(
         lambda chunk: forward(chunk + fit_chunks),
         chunks - fit_chunks,
         {layer: weight for layer, weight in weights.items() if layer.name not in guided},
         workers=context.workers,
         keep=lambda chunk, output: after.write(chunk + fit_chunks, output),
+        roundings=roundings,
     )
     after.finish()
     return Statistics(fit, held, {})
@@ -164,7 +165,8 @@ def _guided(
     def forward(index: int) -> Tensor:
         return stream.run(module, block, hidden.read(start + index))
 
-    return collect_guided_grams(forward, pieces, weights, energies, workers=context.workers)
+    roundings = engine_roundings(context, weights)
+    return collect_guided_grams(forward, pieces, weights, energies, workers=context.workers, roundings=roundings)
 
 
 def _measure_layers(
@@ -226,7 +228,7 @@ def _points(
     seed = context.options.seed * 7919 + sum(layer.name.encode()) + copy
     candidates = layer_candidates(context, layer)
     codecs = [candidates[text] for text in candidates]
-    middle = _middle(candidates, layer)
+    mean = middle(candidates, layer)
     mixing = outside and context.options.candidates is None
     all_sampled = all(codec.sampled for codec in codecs)
     uncalibrated = Encoder(Nearest())
@@ -242,65 +244,17 @@ def _points(
             for codec in codecs
         ]
         measured.append(Measured(start, stop, [loss for found in losses for loss in found]))
-        plain += measure(sample, part, [candidates[middle]], lambda rows, codec: uncalibrated(rows, codec, None)[1])[0]
+        plain += measure(sample, part, [candidates[mean]], lambda rows, codec: uncalibrated(rows, codec, None)[1])[0]
         start = stop
-    calibrated = sum(stretch.losses[list(candidates).index(middle)] for stretch in measured)
+    points = combine(layer.stored_shape, codecs, measured)
+    calibrated = sum(stretch.losses[list(candidates).index(mean)] for stretch in measured)
     return {
-        "points": combine(layer.stored_shape, codecs, measured),
+        "points": {text: loss + objective.rounding(weight, text) for text, loss in points.items()},
         "calibrated": calibrated,
         "uncalibrated": plain,
         "damping": encoder.damping,
         "copy": copy,
     }
-
-
-def layer_candidates(context: Context, layer: Layer) -> dict[str, Codec]:
-    """Codecs to choose from for a layer, by text. Raises ShapeMismatch when none of those asked for can take it."""
-    texts = context.options.candidates or default_candidates(layer.shape[1], context.options.effort)
-    found = fitting(context.options, context.anatomy, layer, parsed(texts))
-    if not found:
-        raise ShapeMismatch(
-            f"None of the candidates {', '.join(texts)} can take {layer.name} with {layer.shape[1]} inputs; add one "
-            f"whose group divides {layer.shape[1]}, or a per-row one such as int4:row."
-        )
-    return found
-
-
-def candidate_notes(context: Context) -> tuple[str, ...]:
-    """What the user should know of candidates that were asked for and cannot take every layer.
-
-    Raises BadInput for one that what is asked for rules out.
-    """
-    layers = context.anatomy.layers
-    notes = []
-    if context.options.candidates is None and context.options.effort == "normal" and not searches("normal"):
-        notes.append(
-            "The trellis search was not compiled when tersor was installed, so only scalar codecs were tried: install "
-            "again with a C++ compiler, or give --effort best and a lot of time."
-        )
-    given = parsed(context.options.candidates or ())
-    notes += rule_notes(context.options, context.anatomy, given)
-    refused: dict[tuple[str, ...], list[str]] = {}
-    budget = context.options.budget
-    for text, codec in given.items():
-        able = [layer for layer in layers if usable({text: codec}, layer)]
-        if budget and budget.kind == "memory" and any(streamed(codec, layer.stored_shape) for layer in able):
-            raise BadInput(f"{text} is small in files only, as it runs decoded: give --size instead of --memory.")
-        names = tuple(layer.name for layer in layers if layer not in able)
-        if names:
-            refused.setdefault(names, []).append(text)
-    widths = {layer.name: layer.shape[1] for layer in layers}
-    notes += [
-        f"{', '.join(texts)} cannot take {len(names)} of {len(layers)} layers (first {names[0]}, with "
-        f"{widths[names[0]]} inputs); the other candidates were used there."
-        for names, texts in refused.items()
-    ]
-    return tuple(notes)
-
-
-def _middle(candidates: dict[str, Codec], layer: Layer) -> str:
-    """The candidate nearest to 3.5 bits: where calibration matters and is not yet lost."""
-    return min(candidates, key=lambda text: abs(candidates[text].bits(layer.stored_shape) / layer.parameters - 3.5))
 
 
 def _merge_copies(
@@ -354,18 +308,22 @@ def _measure_outside(context: Context, stream: BlockStream, hidden: Hidden, ids:
             def run(chunk: int) -> Tensor:
                 return stream.head(hidden.read(chunk))
 
-            skip = frozenset([head])
-            fit = collect_grams(run, fit_chunks, weights, workers=context.workers, skip=skip).gram(head)
-            rest = collect_grams(
-                lambda chunk: run(chunk + fit_chunks), chunks - fit_chunks, weights, workers=context.workers, skip=skip
+            collect = partial(
+                collect_grams,
+                weights=weights,
+                workers=context.workers,
+                skip=frozenset([head]),
+                roundings=engine_roundings(context, weights),
             )
-            held = rest.gram(head) or fit
+            fit = collect(run, fit_chunks).gram(head)
+            held = collect(lambda chunk: run(chunk + fit_chunks), chunks - fit_chunks).gram(head) or fit
         assert fit is not None
         assert held is not None
         # Text too short to hold any out leaves one matrix, which a file must not hold twice.
         apart = {} if held is fit else {"held": held.matrix}
+        noise = {f"{_NOISE}{text}": one.clone() for text, one in held.noise.items()}
         context.work.save_tensors(
-            "curves/head.safetensors", {"fit": fit.matrix, **apart, "tokens": torch.tensor([fit.tokens])}
+            "curves/head.safetensors", {"fit": fit.matrix, **apart, **noise, "tokens": torch.tensor([fit.tokens])}
         )
     record = {}
     for layer in layers.values() if points else ():
@@ -386,7 +344,8 @@ def outside_objectives(context: Context, layer: Layer, weight: Tensor) -> tuple[
     if is_head:
         stored = context.work.load_tensors("curves/head.safetensors")
         tokens = int(stored["tokens"])
-        fit, held = (Gram(stored.get(name, stored["fit"]), tokens) for name in ("fit", "held"))
+        noise = {key.removeprefix(_NOISE): one for key, one in stored.items() if key.startswith(_NOISE)}
+        fit, held = (Gram(stored.get(name, stored["fit"]), tokens, noise=noise) for name in ("fit", "held"))
     if context.options.sensitivity != "fisher":
         plain = Gram(torch.eye(layer.shape[1]), 0)
         return fit or plain, flat_objective(layer, weight[: 4 * EMBEDDING_ROWS], held or plain)

@@ -8,8 +8,9 @@ from tersor.contracts import Gram
 from tersor.errors import NotFinite
 from tersor.parallel import in_order
 from tersor.solvers import Encoder, Nearest
+from tersor.stages.candidates import layer_candidates
 from tersor.stages.context import Context, Record
-from tersor.stages.curves import SAMPLE_ROWS, flat_objective, layer_candidates
+from tersor.stages.curves import SAMPLE_ROWS, flat_objective
 from tersor.stages.weights import is_finite
 from tersor.statistics.curves import draw_sample, measure
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tersor.anatomy import Source, WeightLoader
 from tersor.codecs import parse
-from tersor.contracts import Anatomy, Layer, Quality
-from tersor.engines.contract import Engine, Rounding, Stored, Target
+from tersor.contracts import Anatomy, Layer, Quality, Rounding
+from tersor.engines.contract import Engine, Stored, Target
 from tersor.evaluation.divergence import DivergenceAccumulator, TokenComparison, compare_logits, join
 from tersor.runtime.rounded import RoundedStream
 from tersor.runtime.stream import BlockStream

@@ -19,10 +19,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from tersor import kernels
-from tersor.contracts import Gram, Layer
+from tersor.contracts import Gram, Layer, Rounding
 from tersor.errors import NotFinite
 from tersor.parallel import in_order
 
+Roundings = Mapping[str, Rounding]
+"""By codec how an engine rounds inputs ``(..., in)`` before it multiplies them by a weight in it."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -180,6 +182,25 @@ def _at(function: Callable[[Item], Result], items: Sequence[Item], index: int) -
     return function(items[index])
 
 
+def input_errors(x: Tensor, roundings: Roundings, weights: Tensor | None = None) -> dict[str, Tensor]:
+    """By codec ``Σ_tokens w · (x − rounded x)²``, ``(in,)`` float32, of inputs ``x (tokens, in)``.
+
+    ``weights (tokens,)``: of each token, default 1. Codecs whose inputs are rounded alike share a tensor.
+    """
+    x = x.detach().to(torch.float32)
+    found: dict[Rounding, Tensor] = {}
+    for rounding in roundings.values():
+        if rounding not in found:
+            error = (x - rounding(x)).square_()
+            found[rounding] = error.sum(0) if weights is None else weights.to(torch.float32) @ error
+    return {text: found[rounding] for text, rounding in roundings.items()}
+
+
+def _add_all(total: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
+    for text, one in more.items():
+        total[text] = total[text] + one if text in total else one
+
+
 def second_moment(use: Use) -> Tensor:
     """``Σ_tokens x xᵀ`` of one input, ``(in, in)`` float32. Raises NotFinite naming the layer."""
     x = use.inputs.detach()
@@ -201,16 +222,19 @@ class Grams:
     ``matrices``: sums of ``x xᵀ`` while they are collected, means afterwards. Sums are float32: chunks hold a few
     thousand tokens and are added a few hundred times, an error near 1e-6 of the entry, far below the bfloat16 rounding
     of the activations themselves; the factorization that is sensitive to it is done in float64 with damping four orders
-    of magnitude above. ``reaches``: the greatest magnitude among all entries.
+    of magnitude above. ``reaches``: the greatest magnitude among all entries. ``noise``: sums of :func:`input_errors`,
+    or means, likewise.
     """
 
     matrices: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     tokens: dict[tuple[str, int], int] = field(default_factory=dict)
     reaches: dict[tuple[str, int], float] = field(default_factory=dict)
+    noise: dict[tuple[str, int], dict[str, Tensor]] = field(default_factory=dict)
 
-    def add(self, use: Use, moment: Tensor) -> None:
-        """Add what :func:`second_moment` gave; it is used up."""
+    def add(self, use: Use, moment: Tensor, errors: Mapping[str, Tensor]) -> None:
+        """Add what :func:`second_moment` and :func:`input_errors` gave; the former is used up."""
         key = (use.layer.inputs, use.copy)
+        _add_all(self.noise.setdefault(key, {}), errors)
         if key in self.matrices:
             self.matrices[key].add_(moment)
         else:
@@ -224,7 +248,7 @@ class Grams:
         key = (layer.inputs, copy)
         if key not in self.matrices:
             return None
-        return Gram(self.matrices[key], self.tokens[key], reach=self.reaches.get(key))
+        return Gram(self.matrices[key], self.tokens[key], reach=self.reaches.get(key), noise=self.noise.get(key, {}))
 
 
 def collect_grams(
@@ -235,11 +259,17 @@ def collect_grams(
     workers: int,
     keep: Callable[[int, Tensor], None] | None = None,
     skip: frozenset[Layer] = frozenset(),
+    roundings: Mapping[str, Roundings] | None = None,
 ) -> Grams:
     """Run ``forward(chunk)`` for every chunk and take the Gram matrices of all watched layers.
 
-    ``keep(chunk, output)`` receives the block's outputs in order. Raises NotFinite naming the layer.
+    ``keep(chunk, output)`` receives the block's outputs in order. ``roundings``: by ``layer.inputs``, for an engine
+    that rounds. Raises NotFinite naming the layer.
     """
+
+    def statistics(use: Use) -> tuple[Tensor, dict[str, Tensor]]:
+        return second_moment(use), input_errors(use.inputs, (roundings or {}).get(use.layer.inputs, {}))
+
     # One layer stands for all that read the same input.
     chosen: dict[str, Layer] = {}
     for layer in weights:
@@ -247,15 +277,16 @@ def collect_grams(
     watched = {layer: weights[layer] for layer in chosen.values()}
     total, done = Grams(), 0
     for uses, outputs in watched_runs(forward, chunks, watched, workers=workers, skip=skip, outputs=keep is not None):
-        moments = in_order(partial(_at, second_moment, [use for _, use in uses]), len(uses), workers)
+        moments = in_order(partial(_at, statistics, [use for _, use in uses]), len(uses), workers)
         for (_, use), moment in zip(uses, moments, strict=True):
-            total.add(use, moment)
+            total.add(use, *moment)
         for chunk, output in enumerate(outputs, done):
             if keep is not None:
                 keep(chunk, output)
         done += len(outputs)
     for key, matrix in total.matrices.items():
         matrix.div_(total.tokens[key])
+        total.noise[key] = {text: one / total.tokens[key] for text, one in total.noise[key].items()}
     return total
 
 
@@ -306,6 +337,7 @@ def collect_guided_grams(
     energies: Mapping[str, Tensor],
     *,
     workers: int,
+    roundings: Mapping[str, Roundings] | None = None,
 ) -> dict[str, Gram]:
     """Gram matrices in which each token counts by its gradient's energy at the layer's output, scaled to mean weight 1.
 
@@ -314,24 +346,31 @@ def collect_guided_grams(
     (Such a matrix is what GuidedQuant, arXiv:2505.07004, rounds with; here it judges.)
 
     ``forward(i)`` runs piece ``i`` of the text; ``pieces[i]``: which tokens of ``energies[layer] (tokens,)`` it holds.
-    Layers that are not used exactly once a token are left out.
+    Layers that are not used exactly once a token are left out. ``roundings``: as for :func:`collect_grams`.
     """
 
-    def product(entry: tuple[int, Use]) -> Tensor | None:
+    def product(entry: tuple[int, Use]) -> tuple[Tensor, dict[str, Tensor]] | None:
         index, use = entry
         energy = energies[use.layer.name][pieces[index]]
         x = use.inputs.to(torch.float32)
-        return x.T @ (x * energy[:, None]) if len(energy) == len(x) else None
+        if len(energy) != len(x):
+            return None
+        return x.T @ (x * energy[:, None]), input_errors(x, (roundings or {}).get(use.layer.inputs, {}), energy)
 
     total: dict[str, Tensor] = {}
+    noise: dict[str, dict[str, Tensor]] = {}
     watched = {layer: weight for layer, weight in weights.items() if layer.name in energies}
     for uses, _ in watched_runs(forward, len(pieces), watched, workers=workers, outputs=False):
         products = in_order(partial(_at, product, uses), len(uses), workers)
         for (_, use), found in zip(uses, products, strict=True):
             name = use.layer.name
             if found is not None:
-                total[name] = total[name].add_(found) if name in total else found
-    return {
-        name: Gram(matrix.div_(energies[name].sum().clamp(min=1e-30)), len(energies[name]))
-        for name, matrix in total.items()
-    }
+                matrix, errors = found
+                total[name] = total[name].add_(matrix) if name in total else matrix
+                _add_all(noise.setdefault(name, {}), errors)
+    grams = {}
+    for name, matrix in total.items():
+        energy = energies[name].sum().clamp(min=1e-30)
+        errors = {text: one / energy for text, one in noise[name].items()}
+        grams[name] = Gram(matrix.div_(energy), len(energies[name]), noise=errors)
+    return grams

@@ -9,6 +9,7 @@ output side, arXiv:1503.05671), it becomes ``½ Σ_r E[g_r²] · e_r H e_rᵀ``:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -21,6 +22,8 @@ from tersor.parallel import in_order
 from tersor.statistics.collect import Lookup, OutputMoments, Watch
 from tersor.statistics.sampling import draw
 
+_ROWS = 4096
+"""Rows turned to float32 at a time, so that an embedding is never there twice."""
 _HEAD_TOKENS = 256
 """Positions whose logits are there at one time; the loss is a sum over positions, so its gradient comes in pieces."""
 
@@ -45,6 +48,17 @@ class Objective:
         if self.lookups is None or self.moment is None:
             return price
         return price + (error.square() @ self.moment) * (self.lookups if rows is None else self.lookups[rows])
+
+    def rounding(self, weight: Tensor, text: str) -> float:
+        """Price of the engine's rounding of what it multiplies by ``weight (out, in)`` in the codec ``text``.
+
+        Errors of inputs are taken as independent of each other and of the weight's: ``Σ_r rows_r Σ_j w_rj² n_j``.
+        """
+        noise = self.gram.noise.get(text)
+        if noise is None:
+            return 0.0
+        pieces = (slice(start, start + _ROWS) for start in range(0, weight.shape[0], _ROWS))
+        return math.fsum(float(self.rows[at] @ (weight[at].float().square() @ noise)) for at in pieces)
 
     def stretch(self, start: int, stop: int) -> Objective:
         """The same for rows ``start`` to ``stop`` alone."""

@@ -21,14 +21,14 @@ from tersor.anatomy import Source, WeightLoader, skeleton
 from tersor.anatomy.headers import fixed_bytes, least_fixed_bytes, most_shards
 from tersor.anatomy.shards import list_tensors, map_tensor
 from tersor.codecs import parse
-from tersor.contracts import Anatomy, Codec, Layer
+from tersor.contracts import Anatomy, Codec, Layer, Rounding
 from tersor.engines.compressed_tensors import rules
 from tersor.engines.compressed_tensors.experts import Piece, patterns_of, pieces_of
 from tersor.engines.compressed_tensors.files import SHARD, Entry, file_bytes, stored_bytes, write_files
 from tersor.engines.compressed_tensors.forms import DENSE, FORMS, form_of, text_of
-from tersor.engines.compressed_tensors.inputs import rounding
+from tersor.engines.compressed_tensors.inputs import dynamic, rounding
 from tersor.engines.compressed_tensors.process import run
-from tersor.engines.contract import Engine, Read, Rounding, written_alike
+from tersor.engines.contract import Engine, Read, written_alike
 from tersor.errors import BadInput, CorruptArtifact
 
 NAME = "compressed-tensors"
@@ -398,4 +398,5 @@ ENGINE = Engine(
     together=rules.together,
     fallback=DENSE,
     splits=True,
+    rounds=dynamic,
 )

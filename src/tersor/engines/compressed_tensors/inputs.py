@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from tersor.codecs import SignedInteger, SmallFloat
-from tersor.contracts import Codec
-from tersor.engines.contract import Rounding
+from tersor.contracts import Codec, Rounding
 
 _LOW, _HIGH = -128.0, 127.0
 _LARGEST = 448.0
@@ -22,8 +21,15 @@ def rounding(codec: Codec, tensors: Callable[[], Mapping[str, Tensor]]) -> Round
 
     ``tensors()``: the layer's, as ``codec`` declares them.
     """
+    if isinstance(codec, SignedInteger) and codec.activations == 8 and codec.static:
+        return partial(_by_one_scale, tensors()["input_scale"].float())
+    return dynamic(codec)
+
+
+def dynamic(codec: Codec) -> Rounding | None:
+    """The same where scales are chosen as inputs arrive; None for a stored scale, of which the codec does not say it."""
     if isinstance(codec, SignedInteger) and codec.activations == 8:
-        return partial(_by_one_scale, tensors()["input_scale"].float()) if codec.static else _by_tokens
+        return None if codec.static else _by_tokens
     return _as_floats if isinstance(codec, SmallFloat) else None
 
 

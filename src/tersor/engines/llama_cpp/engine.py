@@ -15,10 +15,11 @@ from transformers import PretrainedConfig
 
 from tersor.anatomy import Source
 from tersor.anatomy.packed.gguf import open_reader
-from tersor.contracts import Anatomy, Codec, Layer
+from tersor.contracts import Anatomy, Codec, Layer, Rounding
 from tersor.engines.contract import Engine, Read, written_alike
 from tersor.engines.llama_cpp.library import LlamaCpp, LoadedModel, find_library
 from tersor.engines.llama_cpp.names import Piece, architecture, gguf, kept_value, pieces
+from tersor.engines.llama_cpp.rounding import rounding
 from tersor.engines.llama_cpp.tokenizer import read_vocabulary
 from tersor.engines.llama_cpp.write import Recipe, file_bytes, write
 from tersor.errors import BadInput, CorruptArtifact, EngineFailed
@@ -150,8 +151,9 @@ class Stored:
 
     said = ""
 
-    def inputs(self, _layer: Layer, _codec: Codec) -> None:
-        """It rounds inputs to 8 bits, in blocks and by a rule of each type's own, which is not followed here."""
+    def inputs(self, _layer: Layer, codec: Codec) -> Rounding:
+        """How inputs of a layer are rounded, by its type."""
+        return rounding(str(codec))
 
     def kept(self, name: str) -> Tensor:
         """A kept parameter's value, float32, as the model has it."""
@@ -225,4 +227,5 @@ ENGINE = Engine(
     installed=lambda: find_library() is not None,
     run=_run,
     pace=_PACE,
+    rounds=lambda codec: rounding(str(codec)),
 )

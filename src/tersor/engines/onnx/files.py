@@ -17,8 +17,8 @@ from torch import Tensor
 from tersor.anatomy import Source
 from tersor.codecs import parse
 from tersor.codecs.dense import Dense
-from tersor.contracts import Anatomy, Codec, Layer
-from tersor.engines.contract import Read, Rounding, written_alike
+from tersor.contracts import Anatomy, Codec, Layer, Rounding
+from tersor.engines.contract import Read, written_alike
 from tersor.engines.onnx.build import DATA, LAYERS, Built, Entry, parameter_shape
 from tersor.engines.onnx.layout import Pieces, grid_of, put_together, take_apart
 from tersor.engines.onnx.operators import INTEGERS, Operators, round_groups
