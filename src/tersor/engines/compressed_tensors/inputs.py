@@ -27,7 +27,7 @@ def rounding(codec: Codec, tensors: Callable[[], Mapping[str, Tensor]]) -> Round
 
 
 def dynamic(codec: Codec) -> Rounding | None:
-    """The same where scales are chosen as inputs arrive; None for a stored scale, of which the codec does not say it."""
+    """The same where scales are chosen as inputs arrive; None where a scale is stored, which no codec says."""
     if isinstance(codec, SignedInteger) and codec.activations == 8:
         return None if codec.static else _by_tokens
     return _as_floats if isinstance(codec, SmallFloat) else None
