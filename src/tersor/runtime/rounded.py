@@ -14,7 +14,7 @@ from tersor.runtime.stream import BlockStream
 
 
 class RoundedStream(BlockStream):
-    """A :class:`BlockStream` in which the inputs of linear layers are rounded before they are multiplied.
+    """A :class:`BlockStream` in which the inputs of layers other than experts are rounded before they are multiplied.
 
     ``rounding(layer)``: what is done to inputs ``(..., in)`` of a layer's products, or None. Of an embedding it is
     asked where that is the head too, for what the head multiplies.
@@ -40,7 +40,7 @@ class RoundedStream(BlockStream):
         """The module of this stream that multiplies by a layer's weight alone; None where there is none."""
         if layer.block is not None:
             path = layer.name.removeprefix(f"{anatomy.blocks[layer.block]}.")
-            return self._blocks[layer.block].get_submodule(path) if layer.kind == "linear" else None
+            return self._blocks[layer.block].get_submodule(path) if layer.kind in {"linear", "conv1d"} else None
         if layer.name != anatomy.head:
             return None
         parameter = layer.tied[0] if layer.tied else layer.parameter
