@@ -74,13 +74,16 @@ class Comparison:
 
     def kept(self, name: str, make: Any) -> dict[str, Any]:
         """JSON in the work folder, made once."""
-        path = self.work / "rows" / f"{name}_{self.bench.key}_{self.given.chunks}x{self.given.window}.json"
+        path = self._row(name)
         if not path.exists():
             made = make()
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(made, indent=1) + "\n")
         found: dict[str, Any] = json.loads(path.read_text())
         return found
+
+    def _row(self, name: str) -> Path:
+        return self.work / "rows" / f"{name}_{self.bench.key}_{self.given.chunks}x{self.given.window}.json"
 
     def theirs(self, kind: str) -> tuple[Path, dict[str, Any]]:
         """llama.cpp's own file of that kind."""
@@ -166,8 +169,12 @@ class Comparison:
         reference.close()
         return total.quality(self.given.text.name)
 
-    def speed(self, kind: str, files: tuple[Path, Path]) -> dict[str, Any]:
-        """Tokens a second of both files, in turn, by llama.cpp's own program."""
+    def speed(self, kind: str, files: tuple[Path, Path]) -> dict[str, Any] | None:
+        """Tokens a second of both files, in turn, by llama.cpp's own program. None where that is not to be measured
+        now, and was not before."""
+        name = f"{kind}-speed"
+        if self.given.no_speed and not self._row(name).exists():
+            return None
 
         def measure() -> dict[str, Any]:
             program = bench_program(llama_cpp(self.given.tools))
@@ -183,7 +190,7 @@ class Comparison:
             ratio = statistics.median(second / first for first, second in zip(*speeds, strict=True))
             return {"theirs": theirs, "ours": ours, "ratio": ratio, "all": speeds}
 
-        return self.kept(f"{kind}-speed", measure)
+        return self.kept(name, measure)
 
 
 def bench_program(home: Path) -> Path:
@@ -245,8 +252,9 @@ def run(given: argparse.Namespace) -> None:
             kls = [(side["quality"]["kl"], side["quality"]["kl_error"]) for side in (ours, theirs)]
             row["ratio"] = kls[0][0] / kls[1][0]
             row["error"] = row["ratio"] * sum((error / kl) ** 2 for kl, error in kls) ** 0.5
-            if not given.no_speed:
-                row["speed"] = comparison.speed(kind, (path, made))
+            speed = comparison.speed(kind, (path, made))
+            if speed is not None:
+                row["speed"] = speed
             rows.append(row)
             print(f"  KL {kls[1][0]:.4f} of theirs, {kls[0][0]:.4f} of ours: {row['ratio']:.2f}", flush=True)
             given.out.parent.mkdir(parents=True, exist_ok=True)
@@ -266,7 +274,7 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=16, help="evaluation windows")
     parser.add_argument("--window", type=int, default=512, help="tokens in each of them")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--no-speed", action="store_true", help="do not generate from the files")
+    parser.add_argument("--no-speed", action="store_true", help="do not generate from the files now")
     parser.add_argument("--work", type=Path, default=Path("out/engines"))
     parser.add_argument("--tools", type=Path, default=Path("out/tools"), help="where llama.cpp is built")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "engines.json")
