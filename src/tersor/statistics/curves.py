@@ -13,10 +13,7 @@ import torch
 from torch import Tensor
 
 from tersor.contracts import Codec
-from tersor.statistics.sensitivity import Objective
-
-_ROWS = 4096
-"""Rows turned to float32 at a time, so that an embedding is never there twice."""
+from tersor.statistics.sensitivity import ROWS, Objective
 
 
 @dataclass(frozen=True)
@@ -41,8 +38,8 @@ def draw_sample(weight: Tensor, objective: Objective, *, count: int, seed: int) 
     """
     out = weight.shape[0]
     energy = torch.cat([
-        objective.distortion(weight[start : start + _ROWS].float(), torch.arange(start, min(start + _ROWS, out)))
-        for start in range(0, out, _ROWS)
+        objective.distortion(weight[start : start + ROWS].float(), torch.arange(start, min(start + ROWS, out)))
+        for start in range(0, out, ROWS)
     ]).double().clamp(min=0)  # fmt: skip
     total = float(energy.sum())
     if count >= out:

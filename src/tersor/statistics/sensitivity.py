@@ -22,7 +22,7 @@ from tersor.parallel import in_order
 from tersor.statistics.collect import Lookup, OutputMoments, Watch
 from tersor.statistics.sampling import draw
 
-_ROWS = 4096
+ROWS = 4096
 """Rows turned to float32 at a time, so that an embedding is never there twice."""
 _HEAD_TOKENS = 256
 """Positions whose logits are there at one time; the loss is a sum over positions, so its gradient comes in pieces."""
@@ -57,7 +57,7 @@ class Objective:
         noise = self.gram.noise.get(text)
         if noise is None:
             return 0.0
-        pieces = (slice(start, start + _ROWS) for start in range(0, weight.shape[0], _ROWS))
+        pieces = (slice(start, start + ROWS) for start in range(0, weight.shape[0], ROWS))
         return math.fsum(float(self.rows[at] @ (weight[at].float().square() @ noise)) for at in pieces)
 
     def stretch(self, start: int, stop: int) -> Objective:
@@ -205,6 +205,7 @@ def token_energies(ids: Tensor, gradient: Tensor, vocabulary: int) -> Tensor:
 
 
 __all__ = [
+    "ROWS",
     "Objective",
     "backward_block",
     "backward_head",
