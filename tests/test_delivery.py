@@ -106,6 +106,8 @@ def test_like_another_file_is_no_larger_and_no_slower(
     assert free.plan.predicted <= like.plan.predicted
     planned = api.plan(folder, engine="llama.cpp", like=other, size=170_000, fast=True, cache_dir=tmp_path / "cache")
     assert planned.plan.budget == 170_000
+    alike = api.plan(folder, engine="llama.cpp", like=other, fast=True, cache_dir=tmp_path / "cache")
+    assert alike.plan.file_bytes <= alike.plan.budget == given.plan.file_bytes
     assert time(planned.plan) <= time(given.plan) * (1 + 1e-9)
 
 
