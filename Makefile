@@ -21,7 +21,7 @@ DEVELOPER := $(VENV)/.installed-for-development
 comma := ,
 SLOW := note: no C++ compiler was found; everything works, but encoding takes about three times as long
 
-.PHONY: demo test lint sanitize test-plain bench bench-leaves bench-limit bench-allocation bench-sensitivity bench-memory bench-resume bench-peers bench-engines bench-w4a16 bench-kernels bench-decode clean
+.PHONY: demo test lint sanitize test-plain bench bench-leaves bench-limit bench-allocation bench-sensitivity bench-memory bench-resume bench-peers bench-engines bench-pace bench-w4a16 bench-kernels bench-decode clean
 .DELETE_ON_ERROR:
 
 demo: $(USER)
@@ -106,6 +106,11 @@ bench-engines: out/reference out/reference-wide bench-w4a16
 	@test -f $(TEXT) || { echo "name a text to measure on: make bench-engines TEXT=/path/to/text.txt" >&2; exit 1; }
 	$(INSTALL) xllamacpp
 	$(BIN)/python benchmarks/engines.py --model out/reference --wide out/reference-wide --text $(TEXT)
+
+# What llama.cpp's types take for a weight, a row and a product: the figures of engines/llama_cpp/pace.py. Only on a machine
+# that does nothing else.
+bench-pace: out/reference out/reference-wide
+	$(BIN)/python benchmarks/pace.py --model out/reference --wide out/reference-wide
 
 # Products with packed weights against the speed of reading memory; then whole models against llama.cpp (built here: needs
 # CMake and a C++ compiler), torch and torchao. docs/speed.md is written from both. Best on a machine that does nothing else.

@@ -88,8 +88,8 @@ def test_like_another_file_is_no_larger_and_no_slower(
     pace = delivery.ENGINES["llama.cpp"].pace
     assert pace is not None
     folder, other = model(num_hidden_layers=4), tmp_path / "other.gguf"
-    quick = ("q4_0", "iq4_nl", "q8_0")  # with less time than these take, and all types to choose from, others are out
-    given = compress(folder, other, size=160_000, candidates=quick).result
+    quick = ("q4_1", "q5_0", "q8_0")  # for matrices as small as here; with all types to choose from, others are better
+    given = compress(folder, other, size=180_000, candidates=quick).result
     free = compress(folder, tmp_path / "free.gguf", size=given.plan.file_bytes).result
     like = compress(folder, tmp_path / "like.gguf", like=other).result
 
@@ -98,14 +98,14 @@ def test_like_another_file_is_no_larger_and_no_slower(
     read = [layer for layer in anatomy.layers if layer.name != anatomy.embedding]
 
     def time(plan: Plan) -> float:
-        return sum(layer.parameters * pace[plan.layers[layer.name].codec] for layer in read)
+        return sum(pace[plan.layers[layer.name].codec].time(layer) for layer in read)
 
     assert like.plan.file_bytes <= given.plan.file_bytes
     assert time(like.plan) <= time(given.plan) * (1 + 1e-9)
     assert time(free.plan) > time(given.plan)
     assert free.plan.predicted <= like.plan.predicted
-    planned = api.plan(folder, engine="llama.cpp", like=other, size=170_000, fast=True, cache_dir=tmp_path / "cache")
-    assert planned.plan.budget == 170_000
+    planned = api.plan(folder, engine="llama.cpp", like=other, size=190_000, fast=True, cache_dir=tmp_path / "cache")
+    assert planned.plan.budget == 190_000
     alike = api.plan(folder, engine="llama.cpp", like=other, fast=True, cache_dir=tmp_path / "cache")
     assert alike.plan.file_bytes <= alike.plan.budget == given.plan.file_bytes
     assert time(planned.plan) <= time(given.plan) * (1 + 1e-9)

@@ -104,6 +104,25 @@ def written_alike(found: Tensor, value: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
+class Pace:
+    """What products of a vector with matrices in one codec take: a time for each weight, each row and each product.
+
+    ``weight`` in picoseconds, ``row`` in nanoseconds, ``product`` in microseconds. Rows end with a sum over what
+    registers hold, and some engines prepare inputs for each product, so that short rows and small matrices take more
+    time a weight.
+    """
+
+    weight: float
+    row: float
+    product: float
+
+    def time(self, layer: Layer) -> float:
+        """Microseconds for all copies of a layer."""
+        rows = layer.stored_shape[0]
+        return 1e-6 * layer.parameters * self.weight + 1e-3 * rows * self.row + layer.copies * self.product
+
+
+@dataclass(frozen=True)
 class Engine:
     """An engine. Functions of it are pure unless they say that they write or run something.
 
@@ -115,8 +134,8 @@ class Engine:
     it can split layers over processors. ``at_level(level)``: this engine with files that ask for an accuracy level of
     its arithmetic; None where they cannot. ``warns(layer, codec)``: what is to be said where not all programs that read
     such files load this layer in that codec. ``shuns(layer, codec)``: whether it is to be chosen only where nothing
-    else is left, as what proves files here does not load it. ``pace``: picoseconds that one weight of each codec takes
-    when a token is written, on the machine where they were compared; None where they were not.
+    else is left, as what proves files here does not load it. ``pace``: how long products take with each codec when a
+    token is written, on the machine where they were compared; None where they were not.
     ``rounds(codec)``: how it rounds inputs of a layer in that codec, as far as the codec alone says; one function for
     all codecs with which it does the same. ``open``: see :class:`Opener`.
     ``recognises(path)``: whether a file or folder is one of its. ``installed()``, ``run(path, length, threads)``: the
@@ -139,7 +158,7 @@ class Engine:
     at_level: Callable[[int], Engine] | None = None
     warns: Callable[[Layer, Codec], str | None] = lambda _layer, _codec: None
     shuns: Callable[[Layer, Codec], bool] = lambda _layer, _codec: False
-    pace: Mapping[str, float] | None = None
+    pace: Mapping[str, Pace] | None = None
     rounds: Callable[[Codec], Rounding | None] = lambda _codec: None
 
     @property
@@ -173,8 +192,8 @@ def layer_time(engine: Engine, anatomy: Anatomy, layer: Layer, text: str) -> flo
     """
     if engine.pace is None:
         raise BadInput(f"How fast {engine.name} is with each codec is not known here; give a size instead of --like.")
-    read = layer.parameters if layer.name != anatomy.embedding or anatomy.head == anatomy.embedding else 0
-    return read * engine.pace[text] * 1e-6
+    looked_up = layer.name == anatomy.embedding != anatomy.head
+    return 0.0 if looked_up else engine.pace[text].time(layer)
 
 
 def warnings(engine: Engine, anatomy: Anatomy, codecs: Mapping[str, Codec]) -> tuple[str, ...]:

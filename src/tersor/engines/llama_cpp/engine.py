@@ -19,6 +19,7 @@ from tersor.contracts import Anatomy, Codec, Layer, Rounding
 from tersor.engines.contract import Engine, Read, written_alike
 from tersor.engines.llama_cpp.library import LlamaCpp, LoadedModel, find_library
 from tersor.engines.llama_cpp.names import Piece, architecture, gguf, kept_value, pieces
+from tersor.engines.llama_cpp.pace import PACE
 from tersor.engines.llama_cpp.rounding import rounding
 from tersor.engines.llama_cpp.tokenizer import read_vocabulary
 from tersor.engines.llama_cpp.write import Recipe, file_bytes, write
@@ -36,14 +37,6 @@ _TYPES = {
 _QUICK = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1", "q8_0", "bf16")
 _GRIDS = ("iq2_xxs", "iq2_s", "iq3_xxs", "iq3_s")
 """Types with grids of vectors: the best below four bits, and ten times as slow to encode."""
-_PACE = {
-    **{"q2_k": 16.0, "q3_k": 39.0, "q4_k": 22.0, "q5_k": 32.0, "q6_k": 32.0, "iq4_xs": 31.0, "q8_0": 33.0},
-    **{"q4_0": 20.0, "q4_1": 35.0, "q5_0": 36.0, "q5_1": 38.0, "iq4_nl": 18.0, "tq1_0": 29.0, "tq2_0": 22.0},
-    **{"iq2_xxs": 54.0, "iq2_xs": 50.0, "iq2_s": 42.0, "iq3_xxs": 50.0, "iq3_s": 65.0, "bf16": 50.0, "fp16": 46.0},
-}
-"""Picoseconds a weight: llama-bench on two cores of a Zen 4, halfway between files of one type each and what fits the
-speeds of 34 files of mixed types best. The four that llama.cpp interleaves as it loads them (Q4_0, IQ4_NL, Q4_K, Q2_K)
-take half the time of all others."""
 _SLACK = 96
 """Bytes by which what one tensor takes in a GGUF and in an artifact may differ, beyond what all tensors differ by."""
 
@@ -227,6 +220,6 @@ ENGINE = Engine(
     recognises=_recognises,
     installed=lambda: find_library() is not None,
     run=_run,
-    pace=_PACE,
+    pace=PACE,
     rounds=lambda codec: rounding(str(codec)),
 )
