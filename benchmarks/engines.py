@@ -45,8 +45,8 @@ from tersor.stages.verify import HEAD_TOKENS
 
 KINDS = ("Q4_K_M", "Q2_K", "Q3_K_M", "IQ3_XXS", "Q4_0", "IQ4_XS", "Q6_K", "Q5_K_M", "IQ2_S", "IQ3_S", "IQ2_XS")
 """The files that most people take first."""
-TURNS = 9
-"""Times that both files generate, one after the other."""
+TURNS = 30
+"""Times that both files generate, one after the other. Turns are short: what else a machine does changes in seconds."""
 
 
 class Comparison:
@@ -181,16 +181,21 @@ class Comparison:
             speeds: tuple[list[float], list[float]] = ([], [])
             for _ in range(TURNS):
                 for path, found in zip(files, speeds, strict=True):
-                    command = [str(program), "-m", str(path), "-p", "0", "-n", "64", "-r", "3", "-o", "json"]
+                    command = [str(program), "-m", str(path), "-p", "0", "-n", "32", "-r", "2", "-o", "json"]
                     command += ["-t", str(self.given.workers), "-ngl", "0"]
                     answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
                     found.append(json.loads(answer)[0]["avg_ts"])
             theirs, ours = (statistics.median(one) for one in speeds)
-            # What else the machine does changes within seconds: neighbours are compared.
-            ratio = statistics.median(second / first for first, second in zip(*speeds, strict=True))
-            return {"theirs": theirs, "ours": ours, "ratio": ratio, "all": speeds}
+            ratio, error = typical([second / first for first, second in zip(*speeds, strict=True)])
+            return {"theirs": theirs, "ours": ours, "ratio": ratio, "error": error, "all": speeds}
 
         return self.kept(name, measure)
+
+
+def typical(values: list[float]) -> tuple[float, float]:
+    """The median and its standard error, from the median distance to it as of normal numbers."""
+    middle = statistics.median(values)
+    return middle, 1.253 * 1.483 * statistics.median(abs(one - middle) for one in values) / len(values) ** 0.5
 
 
 def bench_program(home: Path) -> Path:
@@ -220,7 +225,7 @@ def table(result: dict[str, Any]) -> str:
         for row in rows:
             first, second = row["theirs"], row["ours"]
             ratio = f"{row['ratio']:.2f} ± {row['error']:.2f}"
-            speed = f"{row['speed']['ratio']:.2f}" if "speed" in row else ""
+            speed = f"{row['speed']['ratio']:.3f} ± {row['speed']['error']:.3f}" if "speed" in row else ""
             cells = [row["kind"]]
             for side in (first, second):
                 quality = side["quality"]

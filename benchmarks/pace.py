@@ -19,7 +19,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ from peers import llama_cpp
 from scipy.optimize import lsq_linear
 from torch import Tensor
 
-from engines import bench_program
+from engines import bench_program, typical
 from tersor import pipeline
 from tersor.anatomy import WeightLoader
 from tersor.codecs import parse
@@ -112,14 +111,12 @@ class Files:
             self._rows[text, width] = rows
         return self._rows[text, width]
 
-    def size(self, kind: str = "") -> dict[str, int]:
+    def size(self, kind: str = "") -> tuple[int, int, int]:
         """Weights, rows and products of all layers of that kind, or of all kinds; an embedding is no product."""
-        found: Counter[str] = Counter()
-        for layer in self.anatomy.layers:
-            own = kind_of(layer, self.anatomy)
-            if own == kind or (not kind and own != "embedding"):
-                found.update(weights=layer.parameters, rows=layer.stored_shape[0], products=layer.copies)
-        return dict(found)
+        kinds = [(kind_of(layer, self.anatomy), layer) for layer in self.anatomy.layers]
+        found = [layer for own, layer in kinds if own == kind or (not kind and own != "embedding")]
+        rows = sum(layer.stored_shape[0] for layer in found)
+        return sum(layer.parameters for layer in found), rows, sum(layer.copies for layer in found)
 
     def takes(self, text: str, kind: str) -> bool:
         """Whether this type can hold layers of that kind."""
@@ -162,23 +159,16 @@ def measure(name: str, model: Path, kinds: tuple[str, ...], given: argparse.Name
         files = Files(model, Path(scratch))
         base = files.write(BASE_TYPE, "none")
         times = [token_time(program, base, given.threads) for _ in range(2 * given.turns)]
-        yield Seen(name, "all", "", **files.size(), **typical(times))
+        yield Seen(name, "all", "", *files.size(), *typical(times))
         for kind in kinds:
             texts = [text for text in (*SHORT, *LONG) if files.takes(text, kind)]
             paths = {text: files.write(text, kind) for text in texts}
             for text, differences in compare(program, base, paths, given).items():
-                one = Seen(name, kind, text, **files.size(kind), **typical(differences))
+                one = Seen(name, kind, text, *files.size(kind), *typical(differences))
                 print(f"{name}: {text} in {kind}: {one.time:.0f} ± {one.error:.0f} us longer", flush=True)
                 yield one
             for path in paths.values():
                 path.unlink()
-
-
-def typical(times: list[float]) -> dict[str, float]:
-    """The median and its standard error, from the median distance to it."""
-    middle = statistics.median(times)
-    spread = statistics.median(abs(one - middle) for one in times)
-    return {"time": middle, "error": 1.25 * 1.48 * spread / len(times) ** 0.5}
 
 
 def fit(seen: list[Seen]) -> dict[str, tuple[float, float, float]]:
