@@ -12,12 +12,15 @@ from torch import Tensor
 import tiny_models
 from byte_tokenizer import tokenizer
 from tersor.anatomy import WeightLoader, analyse, open_source, skeleton
-from tersor.engines.llama_cpp.engine import Stored
+from tersor.codecs import parse
+from tersor.engines.llama_cpp.engine import Stored, export
 from tersor.engines.llama_cpp.library import LlamaCpp, find_library
 from tersor.engines.llama_cpp.names import pieces
+from tersor.engines.llama_cpp.pace import PACE
 from tersor.engines.llama_cpp.tokenizer import read_vocabulary
 from tersor.engines.llama_cpp.write import Recipe, file_bytes, write
 from tersor.errors import BadInput, CorruptArtifact, EngineFailed
+from tersor.solvers import Encoder, Nearest
 
 FAMILIES = (
     "llama",
@@ -91,6 +94,31 @@ def test_llama_cpp_computes_the_same(family: str, engine: LlamaCpp, tmp_path: Pa
         assert torch.equal(found, loaded.logits(ids[0].tolist()))
     # llama.cpp keeps keys and values in float16, and computes some functions from float16 tables.
     assert float((found - wanted).abs().max()) < 0.02 * float(wanted.std())
+
+
+@pytest.mark.parametrize("text", PACE)
+def test_llama_cpp_runs_every_type(text: str, engine: LlamaCpp, tmp_path: Path):
+    """A model with all layers of that type, embedding and head too, puts out what its decoded weights do."""
+    recipe, model, loader = recipe_of(tmp_path / "model", "llama", hidden_size=256, intermediate_size=256)
+    encode, blocks = Encoder(Nearest()), {}
+    with torch.no_grad():
+        for layer in recipe.anatomy.layers:
+            weight = loader.load([layer.parameter])[layer.parameter].float()
+            tensors, values = encode(weight, parse(text), None)
+            (blocks[layer.name],) = tensors.values()
+            model.get_parameter(layer.parameter).copy_(values)
+        ids = torch.randint(3, 100, (1, 24), generator=torch.Generator().manual_seed(0))
+        wanted = model(ids).logits[0].float()
+    export(
+        recipe,
+        dict.fromkeys(blocks, parse(text)),
+        tmp_path / "x.gguf",
+        lambda name: {name: blocks[name]} if name in blocks else loader.load([name])[name],
+    )
+    with engine.load(tmp_path / "x.gguf", length=32) as loaded:
+        found = loaded.logits(ids[0].tolist())
+    # llama.cpp rounds inputs to 8 bits for all types but floats, and random layers pass every error on.
+    assert float((found - wanted).std()) < 0.1 * float(wanted.std())
 
 
 @pytest.mark.parametrize("kind", ["gpt-2", "smollm"])
