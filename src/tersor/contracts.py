@@ -4,8 +4,7 @@ Conventions, everywhere alike:
 
 * A weight is ``(out, in)``: ``y = x @ weight.T``. Layouts that differ (GPT-2's Conv1D) are turned on the way in.
 * The Gram matrix is ``H = mean over tokens of x xᵀ``, ``(in, in)``, float32, no factor 2.
-* The distortion of a layer is ``D = Σ_r g_r · e_r H e_rᵀ`` where ``e_r`` is row ``r`` of ``W − Ŵ`` and ``g`` are row
-  weights (1 where unknown).
+* The distortion of a layer is ``D = Σ_r g_r · e_r H e_rᵀ``: ``e_r`` row ``r`` of ``W − Ŵ``, ``g`` row weights, or 1.
 * Rates are exact: ``codec.bits(shape)`` is eight times the bytes that the layer's tensors take in the file.
 * Tiles of rows are independent given ``H`` and what the codec learned from the layer as a whole. A tile is one row,
   unless a codec codes several together (:meth:`Codec.tile`). Side information of a leaf codec therefore has rows
@@ -239,14 +238,15 @@ class LeafCodec(Codec):
 class Gram:
     """Second moment of a layer's inputs: ``matrix (in, in)`` float32, mean over ``tokens`` tokens of ``x xᵀ``.
 
-    ``damped``: a codec added to the diagonal all that is wanted. ``reach``: greatest magnitude of these inputs, if
-    known. ``noise``: by codec the mean square, ``(in,)`` float32, of what an engine rounds off them; if it does."""
+    ``damped``: a codec damped it as wanted. ``reach``: greatest magnitude of inputs. ``noise``: by codec, mean square
+    ``(in,)`` of what an engine rounds off. ``gradients (out, in)``: mean square of the loss's, by single weight."""
 
     matrix: Tensor
     tokens: int
     damped: bool = False
     reach: float | None = None
     noise: Mapping[str, Tensor] = field(default_factory=dict)
+    gradients: Tensor | None = None
 
 
 class Solver(ABC):

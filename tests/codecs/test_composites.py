@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,6 +26,7 @@ TEXTS = [
     "sum(sparse1,int3:row,lowrank2)",
     "sum(int2:g32,int2:g32)",
     "sparse2.5",
+    "sparse2.5:magnitude",
     "cols(int4:row,bin:row):0.2",
     "cols(int4:g16,bin:g40):16:inputs",
     "cols(int3:row,colscale(bin:row)):19:again1",
@@ -140,6 +143,18 @@ def test_sparse_keeps_what_costs_most() -> None:
     assert int(kept.sum()) == round(ROWS * COLUMNS / 100)
     assert cost[kept].min() >= cost[~kept].max()
     assert torch.allclose(values[kept], weight[kept], rtol=1e-3)
+
+
+def test_sparse_keeps_the_largest_or_the_steepest() -> None:
+    weight, gram = problem(7)
+    steep = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1))
+    for text, score in (("sparse1:magnitude", weight.abs()), ("sparse1:gradient", steep)):
+        values = Encoder(Nearest())(weight, parse(text), replace(gram, gradients=steep))[1]
+        kept = values != 0
+        assert int(kept.sum()) == round(ROWS * COLUMNS / 100)
+        assert score[kept].min() >= score[~kept].max()
+    with pytest.raises(BadInput, match="write sparse1, which goes by the inputs"):
+        parse("sparse1:gradient").encode(weight, gram)
 
 
 @settings(max_examples=60, deadline=None)

@@ -48,7 +48,7 @@ def test_three_recipes_at_two_bit_widths(run: Callable[..., Survey]):
         assert sum(one.sequences) / 3 == pytest.approx(one.kl)
     assert by["gptq", 2].output_error < by["rtn", 2].output_error
     assert by["gptq", 3].output_error < by["gptq", 2].output_error
-    assert by["quantease", 3].output_error < by["gptq", 3].output_error
+    assert by["quantease", 3].output_error < 0.5 * by["rtn", 3].output_error
     assert {one.word for one in found.verdicts if one.recipe == "quantease"} <= {"holds", "fails", "undecided"}
     assert found.new == 6
 
@@ -124,7 +124,7 @@ def test_the_page_has_everything_and_loads_nothing(run: Callable[..., Survey]):
     assert not re.search(r"(?:src|href)\s*=\s*[\"'](?!#)", shown)
     assert not re.search(r"https?://|url\(|@import|fetch\(|XMLHttp", shown)
     assert "default-src 'none'" in shown
-    for word in ("quantease", "No more than 1 % worse than GPTQ on the same grid.", "2309.01885", "Differs:", "int3:"):
+    for word in ("quantease", "No worse than GPTQ on the same grid.", "2309.01885", "Differs:", "int3:"):
         assert word in shown
     payload = json.loads(re.search(r'id="survey">(.*?)</script>', shown, flags=re.DOTALL)[1])
     assert len(payload["points"]) == 6
@@ -146,14 +146,33 @@ def test_bad_input_is_refused_before_any_work(run: Callable[..., Survey], settin
         run(**settings)
 
 
+STEEP = """
+from tersor.recipes import Paper, recipe
+from tersor.solvers import Nearest
+
+for by in ("gradient", "magnitude"):
+    recipe(
+        name=by, paper=Paper("none"), summary="Test.", codec=lambda bits, shape, by=by: f"sum(sparse4:{by},int2:row)",
+        solver=Nearest, gradients=by == "gradient", differs="Test.",
+    )
+"""
+
+
+def test_recipes_get_the_gradients_they_ask_for(run: Callable[..., Survey], tmp_path: Path):
+    (tmp_path / "steep.py").write_text(STEEP)
+    found = run(bits=(6,), recipes=(str(tmp_path / "steep.py"),), processes=2)
+    first, second = found.outcomes
+    assert (first.status, second.status) == ("measured", "measured"), (first.error, second.error)
+    assert first.nbytes == second.nbytes
+    assert first.kl != second.kl
+
+
 def test_a_page_of_documentation_for_each_recipe(run: Callable[..., Survey], tmp_path: Path):
     run(docs=tmp_path / "docs")
     page = (tmp_path / "docs" / "quantease.md").read_text()
     assert re.search(r"\| 3 \| 3\.\d+ \| \d+\.\d{4} ± ", page)
-    assert re.search(
-        r"\| No more than 1 % worse than GPTQ on the same grid\. \| 3 \| gptq \|.*(holds|fails|undecided) \|", page
-    )
-    assert "25 in the paper" in page
+    assert re.search(r"\| No worse than GPTQ on the same grid\. \| 3 \| gptq \|.*(holds|fails|undecided) \|", page)
+    assert "a row in the paper" in page
     assert (tmp_path / "docs" / "awq.md").exists()
 
 

@@ -56,6 +56,15 @@ recipe(
 )
 
 recipe(
+    name="nearest",
+    paper=Paper("Round to nearest with fitted scales"),
+    summary="The same grids as rtn and gptq, each scale fitted to the weights and the inputs' energies.",
+    codec=uniform,
+    solver=Nearest,
+    differs="Not a paper's: the baseline of methods that fit scales and do something else too.",
+)
+
+recipe(
     name="clipping",
     paper=Paper("OmniQuant: Omnidirectionally Calibrated Quantization for Large Language Models", "2308.13137"),
     summary="Nearest rounding with clipping ranges fitted to the calibration text.",
@@ -127,7 +136,10 @@ recipe(
         "The scales of a layer are its own and stored with it as float16, which is counted; the paper folds them into "
         "the layer before, one set for all layers with the same input."
     ),
-    claims=(Claim("Activation-aware scaling beats rounding to nearest.", "rtn", (3, 4)),),
+    claims=(
+        Claim("Activation-aware scaling beats rounding to nearest.", "rtn", (3, 4)),
+        Claim("It beats fitted clipping alone, its scales counted.", "clipping", (3, 4)),
+    ),
 )
 
 recipe(

@@ -65,20 +65,23 @@ def largest(text: Callable[[int], str], top: int, bits: float, shape: Shape) -> 
     return text(low) if low else None
 
 
-def with_outliers(dense: Iterable[str], bits: float, shape: Shape, *, least: float = 0.0, again: str = "") -> str:
+def with_outliers(
+    dense: Iterable[str], bits: float, shape: Shape, *, least: float = 0.0, by: str = "", again: str = ""
+) -> str:
     """``sum(sparse<p>,<dense>)`` with the largest ``p`` for the first of ``dense`` that leaves room for ``least`` %.
 
-    Where none leaves room for a single outlier, the fullest dense codec alone.
+    ``by``: how outliers are chosen, ``:magnitude`` or as the codec does. Where none leaves room for a single outlier,
+    the fullest dense codec alone.
     """
     listed = list(dense)
     for text in listed:
 
         def both(count: int, text: str = text) -> str:
-            return f"sum(sparse{count / 1000:g},{text}){again}"
+            return f"sum(sparse{count / 1000:g}{by},{text}){again}"
 
-        found = largest(both, 50_000, bits, shape)
-        if found is not None and float(found.split("sparse")[1].split(",")[0]) >= least:
-            return found
+        enough = rate(both(max(round(1000 * least), 1)), shape)
+        if enough is not None and enough <= bits + 1e-9:
+            return largest(both, 50_000, bits, shape) or text
     return fullest(listed, bits, shape)
 
 

@@ -1,4 +1,4 @@
-"""A few weights kept apart: SqueezeLLM, GWQ, QuantEase with outliers, PB-LLM."""
+"""A few weights kept apart: SqueezeLLM, GWQ and what it compares with, QuantEase with outliers, PB-LLM."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from tersor.recipes.registry import recipe
 from tersor.solvers import CoordinateDescent, ErrorFeedback, Nearest
 
 
-def _kept(bits: float, shape: Shape, again: str = "") -> str:
-    """Coarse groups, so that what they save pays for outliers: 32 bits each, and 32 a row."""
+def _kept(bits: float, shape: Shape, by: str = "", again: str = "") -> str:
+    """At least 0.5 % of outliers, at 32 bits each and 32 a row, and the finest groups that leave room for them."""
     dense = reversed(grouped(f"int{integer(bits)}:{{}}", shape[1]))
-    return with_outliers(dense, bits, shape, least=0.25, again=again)
+    return with_outliers(dense, bits, shape, least=0.5, by=by, again=again)
 
 
 def _tables(bits: float, shape: Shape) -> str:
@@ -39,37 +39,62 @@ recipe(
         "Weighted by the Gram matrix's diagonal instead of the Fisher information; outliers as many as the budget "
         "leaves room for (none where the tables of a small matrix fill it), chosen by the same weights."
     ),
-    claims=(Claim("At 3 bits the distance to the original is at most 0.8 of GPTQ's.", "gptq", (3,), 0.8),),
+    claims=(
+        Claim("At 3 bits the distance to the original is at most 0.8 of GPTQ's.", "gptq", (3,), 0.8),
+        Claim("Weighted k-means beats unweighted.", "squeezellm-plain", (3,)),
+    ),
+)
+
+recipe(
+    name="squeezellm-plain",
+    paper=Paper("SqueezeLLM: Dense-and-Sparse Quantization", "2306.07629", "S045"),
+    summary="The same with k-means that knows no weights, and the largest weights kept.",
+    codec=_tables,
+    solver=Nearest,
+    calibrated=False,
+    differs="The paper's ablation; as squeezellm otherwise.",
 )
 
 recipe(
     name="magnitude-outliers",
     paper=Paper("The largest weights kept in float16, the rest rounded to nearest"),
     summary="The baseline of methods that choose outliers more cleverly.",
+    codec=partial(_kept, by=":magnitude"),
+    solver=Nearest,
+    differs="Not a paper's. What is not kept is fitted to the inputs as in the methods that it is the baseline of.",
+)
+
+recipe(
+    name="hessian-outliers",
+    paper=Paper("The weights that cost a layer most to leave out kept in float16, the rest rounded in groups"),
+    summary="Outliers by the diagonal of the layer's Hessian: H_jj w² each.",
     codec=_kept,
     solver=Nearest,
-    calibrated=False,
-    differs="Not a paper's.",
+    differs="Not a paper's: what GWQ (2411.00850) compares its gradients with.",
 )
 
 recipe(
     name="gwq",
     paper=Paper("GWQ: Gradient-Aware Weight Quantization for Large Language Models", "2411.00850", "S031"),
-    summary="The most important weights kept in float16, the rest rounded in groups.",
-    codec=_kept,
+    summary="The weights that the loss is steepest in kept in float16, the rest rounded in groups.",
+    codec=partial(_kept, by=":gradient"),
     solver=Nearest,
+    gradients=True,
     differs=(
-        "Importance is H_jj w², what leaving a weight out would cost its layer; the paper takes the gradient of the "
-        "loss. As many outliers as the budget allows, 1 % in the paper."
+        "The root mean square of the gradient over sequences, with next tokens drawn from the model instead of those "
+        "of the text. At least 0.5 % of outliers, so that groups stay, 1 % in the paper."
     ),
-    claims=(Claim("Outliers chosen by importance beat those chosen by magnitude.", "magnitude-outliers", (3, 4)),),
+    claims=(
+        Claim("Outliers chosen by gradient beat as many chosen by magnitude.", "magnitude-outliers", (3, 4)),
+        Claim("They beat as many chosen by the Hessian's diagonal.", "hessian-outliers", (3, 4)),
+    ),
 )
 
 recipe(
     name="gptq-outliers",
-    paper=Paper("Outliers kept in float16, the rest by error feedback"),
+    paper=Paper("The largest weights kept in float16, the rest by error feedback"),
     summary="The baseline of methods that optimise outliers and codes together.",
-    codec=_kept,
+    codec=partial(_kept, by=":magnitude"),
     solver=gptq,
     differs="Not a paper's.",
 )
@@ -84,13 +109,13 @@ recipe(
         "Outliers are chosen by H_jj e² of what the codes leave, twice more after the first pass; the paper uses "
         "iterative hard thresholding."
     ),
-    claims=(Claim("Beats outliers chosen once with error feedback.", "gptq-outliers", (3,)),),
+    claims=(Claim("Beats outliers chosen by magnitude with error feedback.", "gptq-outliers", (3, 4)),),
 )
 
 recipe(
     name="pb-llm",
     paper=Paper("PB-LLM: Partially Binarized Large Language Models", "2310.00034", "S061"),
-    summary="A few salient weights kept, the signs of all others with a scale for each group; error feedback.",
+    summary="A few salient weights kept, the signs of all others with a scale for each row; error feedback.",
     codec=_signs,
     solver=ErrorFeedback,
     differs=(

@@ -71,8 +71,8 @@ class Recipe:
     ``side(shape)``: the bits that undoing it takes in the file. ``plan(bits, shapes, loss)``: a codec's text for each
     layer by name, for methods that share ``bits`` per weight out among layers; ``loss(name, text)`` is the relative
     output error that a codec would give a layer, ``shapes`` has copies stacked. ``tune``: what is done to each block
-    once its layers are encoded. ``needs``: codec texts without which the recipe does
-    not exist. ``differs``: how this is not what the paper did.
+    once its layers are encoded. ``gradients``: whether Gram matrices come with the loss's gradient by each weight.
+    ``needs``: codec texts without which the recipe does not exist. ``differs``: how this is not what the paper did.
     """
 
     name: str
@@ -88,6 +88,7 @@ class Recipe:
     side: Callable[[Shape], int] = _no_side
     plan: Callable[[float, Mapping[str, Shape], Callable[[str, str], float]], Mapping[str, str]] | None = None
     tune: BlockTuning | None = None
+    gradients: bool = False
     needs: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:
@@ -95,6 +96,8 @@ class Recipe:
             raise BadInput(f"A recipe cannot be called {self.name!r}; use letters, digits, - and '.'.")
         if self.prepare is not None and not self.calibrated:
             raise BadInput(f"Recipe {self.name} prepares weights with a Gram matrix, so it must be calibrated.")
+        if self.gradients and not self.calibrated:
+            raise BadInput(f"Recipe {self.name} sees gradients, so it must be calibrated.")
         if self.prepare is not None and self.tune is not None:
             raise BadInput(f"Recipe {self.name} prepares weights and tunes blocks; tuning knows no prepared weights.")
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 from tersor.contracts import Shape
 from tersor.recipes.fit import fullest, grouped, groups
 from tersor.recipes.recipe import Claim, NothingFits, Paper
 from tersor.recipes.registry import readable, recipe
-from tersor.solvers import ErrorFeedback
+from tersor.solvers import ErrorFeedback, Nearest
 
 
 def trellis(bits: float, shape: Shape) -> str:
@@ -18,8 +21,7 @@ def _lattice(bits: float, shape: Shape) -> str:
     return fullest(["rot(e8p:row)", "rot(sum(e8p:row,e8p:row))", "rot(sum(e8p:row,int1:row))"], bits, shape)
 
 
-def _codebooks(bits: float, shape: Shape) -> str:
-    stages = range(2, 5)
+def _codebooks(bits: float, shape: Shape, stages: Sequence[int] = range(2, 5)) -> str:
     texts = [f"vq{index}x{width}" for width in (2, 3, 4, 6) for index in range(4, 13)]
     texts += [f"vq{index}x{width}:r{n}" for width in (4, 6, 8) for index in range(6, 11) for n in stages]
     return fullest([text for text in texts if readable(text)], bits, shape)
@@ -77,17 +79,53 @@ recipe(
     claims=(Claim("The lattice beats rotated integers.", "quip", (2, 3, 4)),),
 )
 
+_VPTQ = Paper("VPTQ: Extreme Low-bit Vector Post-Training Quantization for Large Language Models", "2409.17066", "S178")
+
 recipe(
     name="vptq",
-    paper=Paper(
-        "VPTQ: Extreme Low-bit Vector Post-Training Quantization for Large Language Models", "2409.17066", "S178"
-    ),
+    paper=_VPTQ,
     summary="Vectors of weights from a codebook found by weighted k-means, with error feedback and residual stages.",
     codec=_codebooks,
     solver=ErrorFeedback,
     needs=("vq8x4",),
     differs="Vectors lie along the inputs instead of the outputs; no codebook for outlier columns, no tuning.",
-    claims=(Claim("At two bits it beats GPTQ, codebooks counted.", "gptq", (2,)),),
+    claims=(
+        Claim("At two bits it beats GPTQ, codebooks counted.", "gptq", (2,)),
+        Claim("Error feedback lowers the divergence.", "vptq-nearest", (2,)),
+        Claim("Weighted k-means and error feedback beat unweighted vector quantization.", "vq", (2,)),
+        Claim("Residual stages lower it.", "vptq-single", (2,)),
+    ),
+)
+
+recipe(
+    name="vptq-nearest",
+    paper=_VPTQ,
+    summary="The same codebooks without error feedback.",
+    codec=_codebooks,
+    solver=Nearest,
+    needs=("vq8x4",),
+    differs="The paper's ablation; as vptq otherwise.",
+)
+
+recipe(
+    name="vptq-single",
+    paper=_VPTQ,
+    summary="The same with one codebook, no residual stages.",
+    codec=partial(_codebooks, stages=()),
+    solver=ErrorFeedback,
+    needs=("vq8x4",),
+    differs="The paper's ablation; as vptq otherwise.",
+)
+
+recipe(
+    name="vq",
+    paper=Paper("Vector quantization by k-means, without weights"),
+    summary="Vectors of weights from a codebook found by k-means, rounded to nearest.",
+    codec=_codebooks,
+    solver=Nearest,
+    calibrated=False,
+    needs=("vq8x4",),
+    differs="Not a paper's: the baseline of vptq.",
 )
 
 recipe(
@@ -140,6 +178,6 @@ recipe(
     codec=_dual,
     solver=ErrorFeedback,
     needs=("fdb:g64",),
-    differs="Scales by least squares; no distillation.",
-    claims=(Claim("Two learned planes beat the fixed 2-bit grid.", "gptq", (2,)),),
+    differs="Scales by least squares; no distillation. Groups are coarser than 64, of which two scales would not fit.",
+    claims=(Claim("Two learned planes beat the fixed 2-bit grid, its scales refitted too.", "feedback-refit", (2,)),),
 )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tersor.contracts import Encoded, Gram, LeafCodec, Side, Solver
 from tersor.solvers.feedback import ErrorFeedback, FeedbackFactor
+from tersor.solvers.nearest import nearest
 from tersor.solvers.sequential import sequential_round
 
 _FINE = 16
@@ -45,11 +46,15 @@ class CoordinateFactor:
 
 @dataclass(frozen=True)
 class CoordinateDescent(Solver):
-    """``sweeps`` over all columns from the result of ``start``, in blocks of ``block`` columns."""
+    """``sweeps`` over all columns from the result of ``start``, in blocks of ``block`` columns.
+
+    ``nearest``: begin with the nearest codes, as the paper does, and ``start`` only says how ``H`` is prepared.
+    """
 
     sweeps: int = 2
     start: ErrorFeedback = field(default_factory=ErrorFeedback)
     block: int = 128
+    nearest: bool = False
 
     def prepare(self, gram: Gram | None, span: int = 1) -> CoordinateFactor:
         start = self.start.prepare(gram, span)
@@ -59,8 +64,11 @@ class CoordinateDescent(Solver):
     def solve(self, weight: Tensor, codec: LeafCodec, prepared: CoordinateFactor) -> Encoded:
         if codec.costly:  # a trellis gains 0.2 % from a sweep that takes as long as all before it
             return self.start.solve(weight, codec, prepared.start)
-        encoded = replace(self.start, refit=False).solve(weight, codec, prepared.start)
         matrix = prepared.start.gram
+        if self.nearest:
+            encoded = nearest(weight, codec, matrix.diagonal())
+        else:
+            encoded = replace(self.start, refit=False).solve(weight, codec, prepared.start)
         product = weight @ matrix if self.start.refit and isinstance(codec, RefitsByProduct) else None
         if not self._fine(codec, encoded, weight.shape[1]):
             encoded = self._refitted(weight, codec, encoded, matrix, product)

@@ -18,7 +18,11 @@ class Nearest(Solver):
     needs_gram: ClassVar[bool] = False
 
     def solve(self, weight: Tensor, codec: LeafCodec, prepared: Gram | None) -> Encoded:
-        importance = None if prepared is None else prepared.matrix.diagonal().contiguous()
-        side = codec.prepare(weight, importance)
-        codes, _ = codec.round(weight, side, torch.arange(weight.shape[1]))
-        return Encoded(codes, side)
+        return nearest(weight, codec, None if prepared is None else prepared.matrix.diagonal())
+
+
+def nearest(weight: Tensor, codec: LeafCodec, importance: Tensor | None) -> Encoded:
+    """The nearest codes for ``weight (out, in)`` with side information fitted under ``importance (in,)``."""
+    side = codec.prepare(weight, None if importance is None else importance.contiguous())
+    codes, _ = codec.round(weight, side, torch.arange(weight.shape[1]))
+    return Encoded(codes, side)

@@ -47,8 +47,8 @@ def measure_sensitivity(context: Context, ids: Tensor) -> None:
     total = 2 * blocks + 2
     stream = context.stream()
     try:
-        stores = _forward(context, stream, ids, total)
-        gradient = _head(context, stream, stores[blocks], ids)
+        stores = forward_states(context, stream, ids, total)
+        gradient = gradient_from_head(context, stream, stores[blocks], ids)
         for block in reversed(range(blocks)):
             gradient = _back(context, stream, block, stores[block], gradient)
             context.progress(STAGE, total - block - 1, total)
@@ -85,15 +85,15 @@ def _save_moments(context: Context, name: str, moments: OutputMoments) -> None:
     context.work.save_tensors(f"sensitivity/{name}.safetensors", tensors or {"none#0": torch.zeros(2)})
 
 
-def _store(context: Context, name: str, ids: Tensor, width: int, dtype: torch.dtype) -> Hidden:
+def new_store(context: Context, name: str, ids: Tensor, width: int, dtype: torch.dtype) -> Hidden:
     return context.work.hidden(f"sensitivity-{name}", (*ids.shape, width), dtype, context.chunk)
 
 
-def _forward(context: Context, stream: BlockStream, ids: Tensor, total: int) -> list[Hidden]:
+def forward_states(context: Context, stream: BlockStream, ids: Tensor, total: int) -> list[Hidden]:
     """Inputs of every block, and of the head, on disk."""
     blocks = len(context.anatomy.blocks)
     width = context.width
-    stores = [_store(context, f"{k}", ids, width, context.dtype) for k in range(blocks + 1)]
+    stores = [new_store(context, f"{k}", ids, width, context.dtype) for k in range(blocks + 1)]
     if not stores[0].complete:
         with torch.no_grad():
             for chunk in range(stores[0].chunks):
@@ -130,9 +130,9 @@ def advance(
     after.finish()
 
 
-def _head(context: Context, stream: BlockStream, inputs: Hidden, ids: Tensor) -> Hidden:
+def gradient_from_head(context: Context, stream: BlockStream, inputs: Hidden, ids: Tensor) -> Hidden:
     blocks = len(context.anatomy.blocks)
-    gradient = _store(context, f"gradient-{blocks}", ids, inputs.shape[2], torch.float32)
+    gradient = new_store(context, f"gradient-{blocks}", ids, inputs.shape[2], torch.float32)
     if context.work.has("sensitivity/head.safetensors"):
         return gradient
     layers = [layer for layer in context.anatomy.layers if layer.name == context.anatomy.head]

@@ -100,6 +100,54 @@ def backward_block(
     return total
 
 
+def weight_energies(
+    run: Callable[[Tensor], Tensor],
+    inputs: Callable[[int], Tensor],
+    gradients: Callable[[int], Tensor],
+    chunks: int,
+    weights: Mapping[Layer, Tensor],
+    *,
+    workers: int,
+    keep: Callable[[int, Tensor], None],
+) -> dict[Layer, Tensor]:
+    """A step of the backward pass as in :func:`backward_block`; gives the squared gradient by each single weight.
+
+    Each sequence has a gradient of its own, and their squares are summed: ``Σ_n (∂L_n / ∂w)²``, float32, in the shapes
+    of ``weights``. Weights that a sequence does not use have none.
+    """
+    wanted = list(weights.values())
+    before = [weight.requires_grad for weight in wanted]
+    for weight in wanted:
+        weight.requires_grad_(True)
+
+    def work(chunk: int) -> tuple[list[Tensor], Tensor]:
+        sums = [torch.zeros(weight.shape) for weight in wanted]
+        states, arriving = inputs(chunk), gradients(chunk)
+        left: list[Tensor] = []
+        for row in range(len(states)):
+            own = states[row : row + 1].clone().requires_grad_(True)
+            with torch.enable_grad():
+                output = run(own)
+                above = arriving[row : row + 1].to(output.dtype)
+                leaving, *found = torch.autograd.grad(output, [own, *wanted], above, allow_unused=True)
+            left.append(leaving)
+            for squares, gradient in zip(sums, found, strict=True):
+                if gradient is not None:
+                    squares.add_(gradient.float().square())
+        return sums, torch.cat(left)
+
+    totals = [torch.zeros(weight.shape) for weight in wanted]
+    try:
+        for chunk, (sums, leaving) in enumerate(in_order(work, chunks, workers)):
+            for squares, more in zip(totals, sums, strict=True):
+                squares.add_(more)
+            keep(chunk, leaving)
+    finally:
+        for weight, wants in zip(wanted, before, strict=True):
+            weight.requires_grad_(wants)
+    return dict(zip(weights, totals, strict=True))
+
+
 def backward_head(
     head: Callable[[Tensor], Tensor],
     inputs: Callable[[int], Tensor],

@@ -13,7 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from tersor.stages.memory import give_back
 from tersor.stages.text import Texts
 from tersor.stages.tune import BlockTuner, Piece
 from tersor.stages.verify import Pair, advance_states, compare_sequence
+from tersor.stages.weight_gradients import load_weight_gradients, measure_weight_gradients
 from tersor.stages.work import Work
 from tersor.statistics.collect import collect_grams
 from tersor.survey.blocks import encode_copies, encode_layer, expected_loss, put_values
@@ -129,6 +130,11 @@ def measure_shared(bench: Bench) -> None:
         work.save(_DONE, {"tokens": tokens})
     finally:
         stream.close()
+
+
+def measure_gradients(bench: Bench) -> None:
+    """The loss's gradient by every weight, for recipes that ask for it, unless it is there already."""
+    measure_weight_gradients(replace(bench.context, work=bench.work), bench.texts.calibration.ids)
 
 
 def block_grams(bench: Bench, block: int) -> dict[str, Gram]:
@@ -256,6 +262,7 @@ def _measure(
             reached = None if tuner is None else torch.cat(tuner.reference)
             for block in range(len(context.anatomy.blocks)):
                 ready = block_grams(bench, block)
+                steep = load_weight_gradients(replace(context, work=bench.work), block) if recipe.gradients else {}
                 with stream.block(block) as module:
                     weights = block_weights(context, module, block)
                     pieces: list[Piece] = []
@@ -264,7 +271,7 @@ def _measure(
                         if encoder is None or encoder[0] != layer.inputs:
                             # One encoder for all that read the same input: its Gram matrix is factored once.
                             encoder = (layer.inputs, Encoder(recipe.solver(), workers=context.workers))
-                        used, found = encode_copies(context, recipe, layer, codecs[layer], ready, encoder[1])
+                        used, found = encode_copies(context, recipe, layer, codecs[layer], ready, encoder[1], steep)
                         total += used
                         if tuner is None:
                             put_values(weights[layer], layer, found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,14 +19,22 @@ _SAMPLED_ROWS = 256
 
 
 def encode_copies(
-    context: Context, recipe: Recipe, layer: Layer, codec: Codec, grams: Mapping[str, Gram], encoder: Encoder
+    context: Context,
+    recipe: Recipe,
+    layer: Layer,
+    codec: Codec,
+    grams: Mapping[str, Gram],
+    encoder: Encoder,
+    gradients: Mapping[str, Tensor],
 ) -> tuple[int, list[Piece]]:
-    """All copies of a layer by a recipe, and the bits they take."""
+    """All copies of a layer by a recipe, and the bits they take. ``gradients``: by ``<layer>#<copy>``, or none."""
     source = context.weight(layer)
     bits, pieces = 0, []
     for number in range(layer.copies):
         weight = source[number].float().contiguous()
         gram = grams.get(f"{layer.inputs}#{number}")
+        if gram is not None and gradients:
+            gram = replace(gram, gradients=gradients[f"{layer.name}#{number}"])
         used, finer, tensors, values = _encoded(recipe, weight, codec, gram, encoder)
         bits += used
         pieces.append(Piece(layer, f"{layer.name}#{number}", weight, values, finer, tensors, gram))

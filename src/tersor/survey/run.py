@@ -20,7 +20,15 @@ from tersor.stages.context import Progress, silent
 from tersor.stages.options import Options
 from tersor.stages.text import prepare_texts
 from tersor.stages.weights import check_finite
-from tersor.survey.bench import Bench, blank, measure_shared, open_bench, run_recipe, shared_measured
+from tersor.survey.bench import (
+    Bench,
+    blank,
+    measure_gradients,
+    measure_shared,
+    open_bench,
+    run_recipe,
+    shared_measured,
+)
 from tersor.survey.cluster import on_cluster
 from tersor.survey.manual import write_manual
 from tersor.survey.page import setting, write_page
@@ -154,6 +162,8 @@ def _run(
         else:
             open_pairs.append((recipe, bits))
     progress(STAGE, done * steps, len(pairs) * steps)
+    if any(recipe.gradients for recipe, _ in open_pairs):
+        measure_gradients(bench)
     if request.ray is not None and open_pairs:
         work = partial(_elsewhere, _for_cluster(request))
         for outcome in on_cluster(request.ray, work, open_pairs, partial(_lost, bench)):
