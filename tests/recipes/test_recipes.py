@@ -31,18 +31,7 @@ def correlated(columns: int) -> Gram:
 
 
 def test_every_recipe_says_where_it_comes_from_and_how_it_differs():
-    assert {
-        "rtn",
-        "gptq",
-        "awq",
-        "hqq",
-        "quip",
-        "finequant",
-        "quantease",
-        "squeezellm",
-        "hessian-outliers",
-        "decoupleq",
-    } <= set(ALL)
+    assert {"rtn", "gptq", "awq", "hqq", "quip", "finequant", "quantease", "squeezellm", "gwq", "decoupleq"} <= set(ALL)
     for one in ALL.values():
         assert one.paper.title
         assert one.differs.endswith(".")
@@ -74,7 +63,7 @@ def test_codecs_stay_within_their_bits(name: str, shape: tuple[int, int]):
 @settings(deadline=None, max_examples=30)
 @given(bits=st.floats(0.6, 8.0), rows=st.integers(1, 300), columns=st.integers(1, 40).map(lambda n: 8 * n))
 def test_no_number_of_bits_is_ever_exceeded(bits: float, rows: int, columns: int):
-    for name in ("rtn", "hessian-outliers", "eora", "squeezellm", "finequant"):
+    for name in ("rtn", "gwq", "eora", "squeezellm", "finequant"):
         try:
             codec = ALL[name].codec_for(bits, (rows, columns))
         except NothingFits:

@@ -68,3 +68,26 @@ def test_workers_change_nothing_and_nothing_large_is_left(tiny: Callable[..., Pa
         found.append(load_weight_gradients(context, 0))
         assert not list(context.work.folder.rglob("*.hidden*"))
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing may catch it."""
+
+
+def test_a_killed_pass_goes_on_after_the_last_finished_block(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    context = context_of(tiny("llama"), tmp_path)
+    blocks = len(context.anatomy.blocks)
+
+    def stop(_stage: str, done: int, _total: int) -> None:
+        if done == blocks + 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        measure_weight_gradients(replace(context, progress=stop), IDS)
+    assert len(list(context.work.folder.glob("gradients/*.safetensors"))) == 1
+    measure_weight_gradients(context, IDS)
+    whole = context_of(tiny("llama"), tmp_path, workers=2)
+    measure_weight_gradients(whole, IDS)
+    for block in range(blocks):
+        found, wanted = (load_weight_gradients(one, block) for one in (context, whole))
+        assert all(torch.equal(value, wanted[name]) for name, value in found.items())

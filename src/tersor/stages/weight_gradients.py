@@ -18,7 +18,8 @@ _DONE = "gradients/done.json"
 def measure_weight_gradients(context: Context, ids: Tensor) -> None:
     """Mean square over the sequences of ``ids (n, T)`` of the gradient of a sequence's summed log-likelihood.
 
-    Next tokens are drawn from the model. Kept in the work folder, a file for each block, in bfloat16.
+    Next tokens are drawn from the model. Kept in the work folder, a file for each block, in bfloat16; every finished
+    block is kept if the run is killed.
     """
     if context.work.has(_DONE):
         return
@@ -30,26 +31,27 @@ def measure_weight_gradients(context: Context, ids: Tensor) -> None:
         arriving = gradient_from_head(context, stream, stores[blocks], ids)
         for block in reversed(range(blocks)):
             leaving = context.work.hidden(f"gradients-{block}", stores[block].shape, torch.float32, context.chunk)
-            with stream.block(block) as module:
-                sums = weight_energies(
-                    partial(stream.run, module, block),
-                    stores[block].read,
-                    arriving.read,
-                    stores[block].chunks,
-                    block_weights(context, module, block),
-                    workers=context.workers,
-                    keep=leaving.write,
-                )
-            leaving.finish()
-            named = {
-                f"{layer.name}#{copy}": (value / len(ids)).to(torch.bfloat16)
-                for layer, energy in sums.items()
-                for copy, value in enumerate(oriented(energy, layer))
-            }
-            context.work.save_tensors(f"gradients/{block}.safetensors", named)
-            arriving.remove()
+            if not context.work.has(f"gradients/{block}.safetensors"):
+                with stream.block(block) as module:
+                    sums = weight_energies(
+                        partial(stream.run, module, block),
+                        stores[block].read,
+                        arriving.read,
+                        stores[block].chunks,
+                        block_weights(context, module, block),
+                        workers=context.workers,
+                        keep=leaving.write,
+                    )
+                leaving.finish()
+                named = {
+                    f"{layer.name}#{copy}": (value / len(ids)).to(torch.bfloat16)
+                    for layer, energy in sums.items()
+                    for copy, value in enumerate(oriented(energy, layer))
+                }
+                context.work.save_tensors(f"gradients/{block}.safetensors", named)
+                arriving.remove()
+                give_back()
             arriving = leaving
-            give_back()
             context.progress(STAGE, total - block, total)
     finally:
         stream.close()
