@@ -175,7 +175,7 @@ def plan(
             try:
                 check_finite(context)
                 texts = prepare_texts(source, options, cache=cache, workers=workers, progress=progress)
-                notes += texts.calibration.notes + _measure(context, texts, points=True)
+                notes += texts.calibration.notes + _measure(context, texts, None)
             except TersorError as error:
                 if _hopeless(error):
                     shutil.rmtree(work.folder.parent.parent, ignore_errors=True)
@@ -251,8 +251,7 @@ def _run(
         _keep_digests(work, texts)
     with clock.stage("statistics"):
         notes += texts.calibration.notes
-        if given is None or not _kept_outside(context.anatomy, given):
-            notes += _measure(context, texts, points=given is None)
+        notes += _measure(context, texts, given)
     with clock.stage("plan"):
         made, codecs = _plan(context, target, given)
         (work.folder.parent.parent / "plan.json").write_text(plan_to_json(made))
@@ -335,13 +334,14 @@ def _keep_digests(work: Work, texts: Texts) -> None:
     work.save("texts.json", digests)
 
 
-def _measure(context: Context, texts: Texts, *, points: bool) -> tuple[str, ...]:
-    """Sensitivities, Gram matrices and, if wanted, rate–distortion points; returns notes for the user."""
+def _measure(context: Context, texts: Texts, given: Plan | None) -> tuple[str, ...]:
+    """Sensitivities, Gram matrices and, where no plan is ``given``, rate–distortion points; gives notes to show."""
     ids = texts.calibration.ids
     if context.options.sensitivity == "fisher":
         measure_sensitivity(context, ids)
-    curve_stage.measure_curves(context, ids, points=points)
-    if not points:
+    if given is None or not _kept_outside(context.anatomy, given):
+        curve_stage.measure_curves(context, ids, points=given is None)
+    if given is not None:
         return ()
     return curve_stage.calibration_notes(curve_stage.load_records(context), held_out=context.held_out(ids) > 0)
 
@@ -349,7 +349,7 @@ def _measure(context: Context, texts: Texts, *, points: bool) -> tuple[str, ...]
 def _kept_outside(anatomy: Anatomy, given: Plan) -> bool:
     """Whether a plan keeps embedding and head as floats; blocks are encoded with what is collected on the way to them.
 
-    Nothing else of :func:`_measure` is needed to follow a plan, and it takes as long as encoding by error feedback.
+    Nothing else of curves is needed to follow a plan, and they take as long as encoding by error feedback.
     """
     return all(isinstance(parse(given.layers[layer.name].codec), Dense) for layer in anatomy.layers_of(None))
 

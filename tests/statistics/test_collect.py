@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -19,7 +21,16 @@ from tersor.parallel import in_order
 from tersor.pipeline import light_context
 from tersor.stages.context import Context, block_weights
 from tersor.stages.options import Budget, Options
-from tersor.statistics.collect import Grams, OutputMoments, Use, Watch, collect_grams, second_moment
+from tersor.stages.sensitivity import input_energies
+from tersor.statistics.collect import (
+    Grams,
+    OutputMoments,
+    Use,
+    Watch,
+    collect_grams,
+    collect_guided_grams,
+    second_moment,
+)
 
 Hand = dict[tuple[str, int], tuple[Tensor, int]]
 
@@ -250,6 +261,41 @@ def test_the_last_product_is_computed_once_where_no_output_is_wanted(workers: in
     wanted = collect_grams(other_way, 6, layers, workers=workers, keep=lambda _, output: kept.append(output))
     found = collect_grams(other_way, 6, layers, workers=workers)
     assert all(torch.equal(found.matrices[key], wanted.matrices[key]) for key in wanted.matrices)
+
+
+@given(st.integers(1, 3), st.integers(0, 2**16))
+def test_weighted_moments_are_the_sums_taken_by_hand(workers: int, seed: int) -> None:
+    """Of inputs with weights each token counts by its own, of others alike; a matrix's own weights judge it."""
+    generator = torch.Generator().manual_seed(seed)
+    first, second, third = (torch.randn(8, 8, generator=generator) for _ in range(3))
+    names = {"a": first, "b": second, "c": third}
+    layers = {Layer(n, f"{n}.weight", "linear", (8, 8), 0, "x" if n != "c" else "y"): w for n, w in names.items()}
+    texts = [torch.randn(5, 8, generator=generator) for _ in range(4)]
+    by_layer = [{n: torch.rand(5, generator=generator) for n in "ab"} for _ in texts]
+    by_input = input_energies(by_layer, layers)
+    assert all(torch.equal(one["x"], two["a"] + two["b"]) for one, two in zip(by_input, by_layer, strict=True))
+    assert all("y" not in one for one in by_input)
+
+    def forward(chunk: int) -> Tensor:
+        inner = torch.nn.functional.linear(texts[chunk], first) + torch.nn.functional.linear(texts[chunk], second)
+        return torch.nn.functional.linear(inner, third)
+
+    found = collect_grams(forward, 4, layers, workers=workers, energies=by_input)
+    guided = collect_guided_grams(forward, layers, by_layer, workers=workers)
+    x = torch.cat(texts).double()
+    y = x @ (first + second).double().T
+    whole = {name: torch.cat([one[name] for one in by_layer]).double() for name in "ab"}
+
+    def by_hand(inputs: Tensor, weights: Tensor) -> Tensor:
+        return ((inputs * weights[:, None]).T @ inputs / weights.sum()).float()
+
+    torch.testing.assert_close(found.matrices["x", 0], by_hand(x, whole["a"] + whole["b"]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.matrices["y", 0], (y.T @ y / 20).float(), rtol=1e-4, atol=1e-4)
+    assert found.tokens == {("x", 0): 20, ("y", 0): 20}
+    assert set(guided) == {"a", "b"}
+    for name, gram in guided.items():
+        torch.testing.assert_close(gram.matrix, by_hand(x, whole[name]), rtol=1e-4, atol=1e-5)
+        assert gram.tokens == 20
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])

@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from tersor.contracts import Gram, Layer
 from tersor.pipeline import light_context
+from tersor.stages import sensitivity as stage
 from tersor.stages.context import Context, block_weights, oriented
 from tersor.stages.curves import measure_curves, outside_objectives
 from tersor.stages.options import Budget, Options
-from tersor.stages.sensitivity import backward_from, load_moments, measure_sensitivity
+from tersor.stages.sensitivity import layer_energies, load_embedding, load_moments, measure_sensitivity, text_parts
 from tersor.stages.work import Work
 from tersor.statistics.collect import OutputMoments, collect_grams
 from tersor.statistics.sampling import draw
@@ -95,7 +96,6 @@ def test_output_moments_are_those_of_explicit_gradients(family: str, tiny: Calla
     context = context_of(folder, tmp_path)
     ids = some_ids()
     measure_sensitivity(context, ids)
-    ids = ids[backward_from(len(ids), context.chunk) :]
     expected, rows = explicit_moments(folder, context, ids)
     compared = 0
     for block in range(len(context.anatomy.blocks)):
@@ -113,8 +113,51 @@ def test_output_moments_are_those_of_explicit_gradients(family: str, tiny: Calla
         found = load_moments(context, None).sums[context.anatomy.head, 0].double()
         # Gemma caps its logits after the product that is watched.
         torch.testing.assert_close(found, expected["head"].double(), rtol=2e-3, atol=1e-6)
-    moment = context.work.load_tensors("sensitivity/embedding.safetensors")["moment"].double()
+    moment = load_embedding(context)["moment"].double()
     torch.testing.assert_close(moment, rows / ids.numel(), rtol=2e-3, atol=1e-4 * float(rows.mean()) / ids.numel())
+
+
+def test_long_text_is_gone_through_in_parts_and_a_killed_pass_goes_on(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts are passes of their own whose moments add up, and every token's energy lies where the token does."""
+    monkeypatch.setattr(stage, "PART_TOKENS", 64)
+    ids = some_ids(7)
+    assert text_parts(7, 16, 2) == [slice(0, 4), slice(4, 7)]
+    folder = tiny("llama")
+    runs = {}
+    for name in ("whole", "first", "killed"):
+        (tmp_path / name).mkdir()
+        runs[name] = context_of(folder, tmp_path / name)
+    measure_sensitivity(runs["whole"], ids)
+    measure_sensitivity(runs["first"], ids[:4])
+    calls: list[int] = []
+
+    def killed(stage: str, done: int, total: int) -> None:
+        calls.append(done)
+        if done == total - 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure_sensitivity(replace(runs["killed"], progress=killed), ids)
+    assert calls == sorted(calls)
+    measure_sensitivity(runs["killed"], ids)
+    for block in (0, 1, None):
+        whole, first, again = (load_moments(runs[name], block) for name in ("whole", "first", "killed"))
+        assert whole.positions == again.positions == 7 * 16
+        for key in whole.sums:
+            assert torch.equal(whole.sums[key], again.sums[key])
+            assert whole.tokens[key] == 7 * 16
+            assert bool((whole.sums[key] >= first.sums[key]).all())
+        for name in whole.energies:
+            found = torch.cat(whole.energies[name])
+            assert torch.equal(found, torch.cat(again.energies[name]))
+            assert torch.equal(found[:64], torch.cat(first.energies[name]))
+            torch.testing.assert_close(found.sum(), whole.sums[name, 0].sum(), rtol=1e-4, atol=0)
+    assert not list(runs["whole"].work.folder.glob("*.hidden"))
+    moments = load_moments(runs["whole"], 0)
+    chunks = layer_energies(moments, (7, 16), 2)
+    assert [len(next(iter(chunk.values()))) for chunk in chunks] == [32, 32, 32, 16]
 
 
 def test_expert_moments_add_up_to_what_reaches_the_layer(tiny: Callable[..., Path], tmp_path: Path) -> None:
@@ -122,7 +165,6 @@ def test_expert_moments_add_up_to_what_reaches_the_layer(tiny: Callable[..., Pat
     context = context_of(tiny("mixtral"), tmp_path)
     ids = some_ids()
     measure_sensitivity(context, ids)
-    ids = ids[backward_from(len(ids), context.chunk) :]
     for block in range(2):
         moments = load_moments(context, block)
         layer = next(layer for layer in context.anatomy.layers_of(block) if layer.copies > 1)

@@ -32,6 +32,12 @@ def gptq() -> Solver:
     return ErrorFeedback(refit=False)
 
 
+def refitted(bits: float, shape: Shape) -> str:
+    """Integers in the finest groups that fit, with scales of 8 bits where there are such."""
+    width = integer(bits)
+    return fullest([*grouped(f"int{width}:{{}}:s8", shape[1]), *grouped(f"int{width}:{{}}", shape[1])], bits, shape)
+
+
 recipe(
     name="rtn",
     paper=Paper("Round to nearest"),
@@ -157,13 +163,9 @@ recipe(
 
 recipe(
     name="feedback-refit",
-    paper=Paper("Our default before the survey: coordinate descent from error feedback, scales by least squares"),
-    summary="What tersor compress does with plain integers.",
-    codec=lambda bits, shape: fullest(
-        [*grouped(f"int{integer(bits)}:{{}}:s8", shape[1]), *grouped(f"int{integer(bits)}:{{}}", shape[1])],
-        bits,
-        shape,
-    ),
+    paper=Paper("Our default before guidance: coordinate descent from error feedback, scales by least squares"),
+    summary="What tersor compress did with plain integers before it weighted tokens.",
+    codec=refitted,
     solver=CoordinateDescent,
     differs="Not a paper's.",
     claims=(Claim("Least squares and sweeps improve on error feedback.", "gptq", (2, 3, 4)),),

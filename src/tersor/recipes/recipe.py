@@ -72,6 +72,7 @@ class Recipe:
     layer by name, for methods that share ``bits`` per weight out among layers; ``loss(name, text)`` is the relative
     output error that a codec would give a layer, ``shapes`` has copies stacked. ``tune``: what is done to each block
     once its layers are encoded. ``gradients``: whether Gram matrices come with the loss's gradient by each weight.
+    ``guided``: whether in its Gram matrices each token counts by the loss's gradient at what reads the input.
     ``needs``: codec texts without which the recipe does not exist. ``differs``: how this is not what the paper did.
     """
 
@@ -89,6 +90,7 @@ class Recipe:
     plan: Callable[[float, Mapping[str, Shape], Callable[[str, str], float]], Mapping[str, str]] | None = None
     tune: BlockTuning | None = None
     gradients: bool = False
+    guided: bool = False
     needs: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:
@@ -96,7 +98,7 @@ class Recipe:
             raise BadInput(f"A recipe cannot be called {self.name!r}; use letters, digits, - and '.'.")
         if self.prepare is not None and not self.calibrated:
             raise BadInput(f"Recipe {self.name} prepares weights with a Gram matrix, so it must be calibrated.")
-        if self.gradients and not self.calibrated:
+        if (self.gradients or self.guided) and not self.calibrated:
             raise BadInput(f"Recipe {self.name} sees gradients, so it must be calibrated.")
         if self.prepare is not None and self.tune is not None:
             raise BadInput(f"Recipe {self.name} prepares weights and tunes blocks; tuning knows no prepared weights.")

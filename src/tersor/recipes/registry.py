@@ -19,7 +19,7 @@ from tersor.errors import BadInput
 from tersor.recipes.recipe import Recipe
 
 GROUP = "tersor.recipes"
-OWN = ("baselines", "scalar", "outliers", "low_rank", "vectors", "stack", "entropy", "columns", "learned")
+OWN = ("baselines", "scalar", "outliers", "low_rank", "vectors", "stack", "entropy", "columns", "learned", "guided")
 """Modules of this folder, each of which adds its recipes when it is imported; in the order they are listed."""
 _RECIPES: dict[str, Recipe] = {}
 _FILES: dict[Path, tuple[str, ...]] = {}

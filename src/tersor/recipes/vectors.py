@@ -50,7 +50,8 @@ def _dual(bits: float, shape: Shape) -> str:
     return fullest(grouped("fdb:{}", shape[1]), bits, shape)
 
 
-def _rate(bits: float, shape: Shape) -> str:
+def entropy_coded(bits: float, shape: Shape) -> str:
+    """An entropy-coded trellis at the highest rate that fits."""
     return fullest([f"ectcq{hundredth / 100:g}" for hundredth in range(50, 801)], bits, shape)
 
 
@@ -142,7 +143,7 @@ recipe(
     name="ectcq",
     paper=Paper("Entropy-coded trellis-coded quantization (Fischer and Wang, 1992), with error feedback"),
     summary="A trellis whose codes are entropy coded: any rate, near the limit.",
-    codec=_rate,
+    codec=entropy_coded,
     solver=ErrorFeedback,
     needs=("ectcq2",),
     differs="Not a paper's on language models.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +19,14 @@ from tersor.solvers import Encoder, Nearest
 from tersor.stages.candidates import engine_roundings, layer_candidates, middle
 from tersor.stages.context import Context, Record, block_weights, oriented
 from tersor.stages.memory import give_back
-from tersor.stages.sensitivity import advance, backward_from, head_parameter, load_moments
+from tersor.stages.sensitivity import (
+    advance,
+    head_parameter,
+    input_energies,
+    layer_energies,
+    load_embedding,
+    load_moments,
+)
 from tersor.stages.stretches import Measured, combine, stretch_stops
 from tersor.stages.work import Hidden
 from tersor.statistics.collect import Grams, OutputMoments, collect_grams, collect_guided_grams
@@ -40,8 +47,8 @@ MINIMUM_EXPERT_TOKENS = 256
 class Statistics:
     """Gram matrices of the calibration text and of its held-out part, for the layers of one block.
 
-    ``guided``: by layer, the text of the backward pass weighted by its gradients, where there are any; the held-out
-    part has only the other layers.
+    Tokens count by the gradients at the outputs of what reads them, where those are known: in ``fit`` of all layers
+    that share an input, in ``guided`` of each layer by itself, on the held-out text; ``held_out`` has only the others.
     """
 
     fit: Grams
@@ -105,10 +112,8 @@ def _measure_block(
     weights = block_weights(context, module, block)
     fit_chunks = stores[block].chunks - held_out
     moments = load_moments(context, block) if context.options.sensitivity == "fisher" else None
-    guided = frozenset(moments.energies if moments is not None else ())
-    statistics = _block_statistics(context, stream, module, block, weights, stores, fit_chunks, guided=guided)
-    if moments is not None:
-        statistics.guided.update(_guided(context, stream, module, block, weights, stores[block], moments))
+    energies = layer_energies(moments, stores[block].shape[:2], context.chunk) if moments is not None else None
+    statistics = _block_statistics(context, stream, module, block, weights, stores, fit_chunks, energies)
     give_back()
     return _measure_layers(context, weights, statistics, moments)
 
@@ -121,18 +126,27 @@ def _block_statistics(
     weights: dict[Layer, Tensor],
     stores: list[Hidden],
     fit_chunks: int,
-    *,
-    guided: frozenset[str],
+    energies: Sequence[Mapping[str, Tensor]] | None,
 ) -> Statistics:
-    """Gram matrices of all layers; of the held-out text only for those that no ``guided`` one will judge."""
+    """Gram matrices of all layers; of the held-out text one for each layer whose gradients are known."""
     before, after = stores[block], stores[block + 1]
     chunks = before.chunks
+    apart = range(fit_chunks if fit_chunks < chunks else 0, chunks)
 
     def forward(chunk: int) -> Tensor:
         return stream.run(module, block, before.read(chunk))
 
     roundings = engine_roundings(context, weights)
-    fit = collect_grams(forward, fit_chunks, weights, workers=context.workers, keep=after.write, roundings=roundings)
+    fit = collect_grams(
+        forward,
+        fit_chunks,
+        weights,
+        workers=context.workers,
+        keep=after.write,
+        roundings=roundings,
+        energies=None if energies is None else input_energies(energies, weights),
+    )
+    guided = frozenset(energies[0] if energies else ())
     held = collect_grams(
         lambda chunk: forward(chunk + fit_chunks),
         chunks - fit_chunks,
@@ -142,31 +156,18 @@ def _block_statistics(
         roundings=roundings,
     )
     after.finish()
-    return Statistics(fit, held, {})
-
-
-def _guided(
-    context: Context,
-    stream: BlockStream,
-    module: torch.nn.Module,
-    block: int,
-    weights: dict[Layer, Tensor],
-    hidden: Hidden,
-    moments: OutputMoments,
-) -> dict[str, Gram]:
-    """Gradient-weighted Gram matrices, on the sequences that the backward pass saw."""
-    length = hidden.shape[1]
-    first = backward_from(hidden.shape[0], context.chunk)
-    edges = [hidden.sequences(chunk) for chunk in range(first // context.chunk, hidden.chunks)]
-    pieces = [slice((edge.start - first) * length, (edge.stop - first) * length) for edge in edges]
-    energies = {name: torch.cat(parts) for name, parts in moments.energies.items()}
-    start = first // context.chunk
-
-    def forward(index: int) -> Tensor:
-        return stream.run(module, block, hidden.read(start + index))
-
-    roundings = engine_roundings(context, weights)
-    return collect_guided_grams(forward, pieces, weights, energies, workers=context.workers, roundings=roundings)
+    judging = (
+        {}
+        if energies is None
+        else collect_guided_grams(
+            lambda piece: forward(apart[piece]),
+            weights,
+            [energies[chunk] for chunk in apart],
+            workers=context.workers,
+            roundings=roundings,
+        )
+    )
+    return Statistics(fit, held, judging)
 
 
 def _measure_layers(
@@ -359,7 +360,7 @@ def outside_objectives(context: Context, layer: Layer, weight: Tensor) -> tuple[
         assert fit is not None
         assert held is not None
         return fit, Objective(0.5 * rows, held)
-    found = context.work.load_tensors("sensitivity/embedding.safetensors")
+    found = load_embedding(context)
     judge = embedding_objective(found["energies"], found["moment"], head_gram=held, head_rows=rows)
     return embedding_gram(found["moment"], head_gram=fit, head_rows=rows), judge
 

@@ -23,7 +23,7 @@ from tersor.solvers import Encoder, chunk_of
 from tersor.stages.context import Context, as_parameter, block_weights, oriented, row_pieces
 from tersor.stages.curves import OUTSIDE, outside_objectives
 from tersor.stages.memory import give_back
-from tersor.stages.sensitivity import advance
+from tersor.stages.sensitivity import advance, input_energies, layer_energies, load_moments
 from tersor.stages.tune import BlockTuner, Piece
 from tersor.stages.weights import is_finite
 from tersor.stages.work import Hidden
@@ -155,6 +155,7 @@ def _encode_block(
                 weights,
                 workers=context.workers,
                 keep=keep,
+                energies=_energies(context, block, before, weights),
             )
             if context.options.tuned and open_layers:
                 # Layers are tuned together, so those that an interrupted run had written are encoded once more.
@@ -177,6 +178,15 @@ def _encode_block(
     context.work.event(STAGE, "block done", block=block)
     before.remove()
     context.work.remove(f"reference-{block}.safetensors")
+
+
+def _energies(
+    context: Context, block: int, hidden: Hidden, layers: Iterable[Layer]
+) -> Sequence[Mapping[str, Tensor]] | None:
+    """How much each token counts where codes are solved: the original model's gradients say it, if they were asked."""
+    if context.options.sensitivity != "fisher" or context.options.solver == "nearest":
+        return None
+    return input_energies(layer_energies(load_moments(context, block), hidden.shape[:2], hidden.chunk), layers)
 
 
 def _replace_weights(

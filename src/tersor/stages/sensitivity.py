@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -16,84 +19,146 @@ from tersor.stages.work import Hidden
 from tersor.statistics.collect import OutputMoments
 from tersor.statistics.sensitivity import backward_block, backward_head, embedding_gradient, token_energies
 
-FISHER_SEQUENCES = 16
-"""Sequences that the backward pass sees: enough for row moments to a few percent, at a tenth of the run's cost."""
-
-
-def backward_from(sequences: int, chunk: int) -> int:
-    """The first of ``sequences`` that the backward pass sees: the last ones, in whole chunks of ``chunk`` sequences.
-
-    At most half of the text, so that most of what it sees was not used to fit codes.
-    """
-    chunks = -(-sequences // chunk)
-    seen = max(1, min(FISHER_SEQUENCES // chunk, chunks // 2))
-    return (chunks - seen) * chunk
-
-
+PART_TOKENS = 2**15
+"""Tokens whose hidden states lie on disk at one time, for all blocks; longer texts are gone through in parts."""
 STAGE = "sensitivity"
 _DONE = "sensitivity/done.json"
 
 
+@dataclass(frozen=True)
+class Part:
+    """Text that is gone through at one time, and where what is found of it lies in the work folder.
+
+    ``seed``: of the labels that are drawn. Steps of progress: ``begun`` before it, ``total`` in all.
+    """
+
+    name: str
+    seed: int
+    begun: int
+    total: int
+
+    def file(self, name: str) -> str:
+        return f"{self.name}/{name}.safetensors"
+
+    def store(self, context: Context, name: str, ids: Tensor, dtype: torch.dtype) -> Hidden:
+        """Hidden states, or gradients, called ``name``, for tokens ``ids (n, T)``."""
+        shape = (*ids.shape, context.width)
+        return context.work.hidden(f"{self.name.replace('/', '-')}-{name}", shape, dtype, context.chunk)
+
+
+def _part_name(number: int) -> str:
+    return f"{STAGE}/{number}"
+
+
+def text_parts(sequences: int, length: int, chunk: int) -> list[slice]:
+    """``sequences`` of ``length`` tokens in parts of at most :data:`PART_TOKENS`, in whole chunks of ``chunk``."""
+    step = chunk * max(1, PART_TOKENS // (chunk * length))
+    return [slice(start, min(start + step, sequences)) for start in range(0, sequences, step)]
+
+
 def measure_sensitivity(context: Context, ids: Tensor) -> None:
-    """Backward pass over the last sequences of ``ids (n, T)``; leaves a file of moments per block in the work folder.
+    """Backward pass over ``ids (n, T)``; leaves files of moments in the work folder, for every part of the text.
 
     Forward through the blocks keeping each one's inputs on disk, labels sampled at the head, then back block by block.
     Every finished block is kept if the run is killed.
     """
     if context.work.has(_DONE):
         return
-    ids = ids[backward_from(ids.shape[0], context.chunk) :]
-    blocks = len(context.anatomy.blocks)
-    total = 2 * blocks + 2
+    pieces = text_parts(ids.shape[0], ids.shape[1], context.chunk)
+    each = 2 * len(context.anatomy.blocks) + 2
+    total = each * len(pieces)
     stream = context.stream()
     try:
-        stores = forward_states(context, stream, ids, total)
-        gradient = gradient_from_head(context, stream, stores[blocks], ids)
-        for block in reversed(range(blocks)):
-            gradient = _back(context, stream, block, stores[block], gradient)
-            context.progress(STAGE, total - block - 1, total)
-        _embedding(context, stream, ids, gradient)
+        for number, piece in enumerate(pieces):
+            part = Part(_part_name(number), context.options.seed + 7_919 * number, number * each, total)
+            if not context.work.has(part.file("embedding")):
+                _measure_part(context, stream, part, ids[piece])
     finally:
         stream.close()
-    context.work.save(_DONE, {"tokens": ids.numel()})
+    context.work.save(_DONE, {"tokens": ids.numel(), "parts": len(pieces)})
+    context.progress(STAGE, total, total)
+
+
+def _measure_part(context: Context, stream: BlockStream, part: Part, ids: Tensor) -> None:
+    """One part of the text, there and back."""
+    blocks = len(context.anatomy.blocks)
+    stores = forward_states(context, stream, part, ids)
+    gradient = gradient_from_head(context, stream, part, stores[blocks], ids)
+    for block in reversed(range(blocks)):
+        gradient = _back(context, stream, part, block, ids, gradient)
+        context.progress(STAGE, part.begun + 2 * blocks + 1 - block, part.total)
+    _embedding(context, stream, part, ids, gradient)
     for store in (*stores, gradient):
         store.remove()
-    context.progress(STAGE, total, total)
 
 
 def load_moments(context: Context, block: int | None) -> OutputMoments:
     """The output-gradient moments of a block's layers (None: of head), as stored by :func:`measure_sensitivity`."""
     name = "head" if block is None else f"block-{block}"
-    moments = OutputMoments(positions=context.work.load(_DONE)["tokens"])
-    for key, value in context.work.load_tensors(f"sensitivity/{name}.safetensors").items():
-        layer, copy = key.rsplit("#", 1)
-        if copy == "energy":
-            moments.energies[layer] = [value]
-            continue
-        moments.sums[layer, int(copy)] = value[:-1]
-        moments.tokens[layer, int(copy)] = int(value[-1])
-    return moments
+    done = context.work.load(_DONE)
+    total = OutputMoments(positions=done["tokens"])
+    for part in range(done["parts"]):
+        moments = OutputMoments()
+        for key, value in context.work.load_tensors(f"{_part_name(part)}/{name}.safetensors").items():
+            layer, copy = key.rsplit("#", 1)
+            if copy == "energy":
+                moments.energies[layer] = [value]
+                continue
+            moments.sums[layer, int(copy)] = value[:-1]
+            moments.tokens[layer, int(copy)] = int(value[-1])
+        total.add(moments)
+    return total
 
 
-def _save_moments(context: Context, name: str, moments: OutputMoments) -> None:
+def layer_energies(moments: OutputMoments, shape: tuple[int, int], chunk: int) -> list[dict[str, Tensor]]:
+    """By chunk of ``chunk`` sequences and by layer, ``Σ_rows g²`` of every token, ``(tokens,)`` float32.
+
+    ``shape``: sequences of the text, and tokens in each. Only of layers that every token goes through once: experts
+    have none.
+    """
+    sequences, length = shape
+    whole = {name: torch.cat(pieces) for name, pieces in moments.energies.items()}
+    whole = {name: energy for name, energy in whole.items() if len(energy) == sequences * length and energy.any()}
+    edges = [(start, min(start + chunk, sequences)) for start in range(0, sequences, chunk)]
+    return [{name: one[start * length : stop * length] for name, one in whole.items()} for start, stop in edges]
+
+
+def input_energies(energies: Iterable[Mapping[str, Tensor]], layers: Iterable[Layer]) -> list[dict[str, Tensor]]:
+    """By chunk and input what :func:`layer_energies` gave, summed over the ``layers`` that read it."""
+    readers: dict[str, list[str]] = {}
+    for layer in layers:
+        readers.setdefault(layer.inputs, []).append(layer.name)
+    return [
+        {
+            inputs: torch.stack([found[name] for name in names]).sum(0)
+            for inputs, names in readers.items()
+            if all(name in found for name in names)
+        }
+        for found in energies
+    ]
+
+
+def load_embedding(context: Context) -> dict[str, Tensor]:
+    """Of the gradient at the embedding's rows, per token of text: ``moment (in,)`` and ``energies (vocabulary,)``."""
+    done = context.work.load(_DONE)
+    parts = [context.work.load_tensors(f"{_part_name(part)}/embedding.safetensors") for part in range(done["parts"])]
+    return {name: torch.stack([part[name] for part in parts]).sum(0) / done["tokens"] for name in parts[0]}
+
+
+def _save_moments(context: Context, part: Part, name: str, moments: OutputMoments) -> None:
     # The count rides behind the sums; both are float32, exact for counts below 2^24.
     tensors = {
         f"{layer}#{copy}": torch.cat([value, torch.tensor([float(moments.tokens[layer, copy])])])
         for (layer, copy), value in moments.sums.items()
     }
     tensors.update({f"{layer}#energy": torch.cat(pieces) for layer, pieces in moments.energies.items()})
-    context.work.save_tensors(f"sensitivity/{name}.safetensors", tensors or {"none#0": torch.zeros(2)})
+    context.work.save_tensors(part.file(name), tensors or {"none#0": torch.zeros(2)})
 
 
-def new_store(context: Context, name: str, ids: Tensor, width: int, dtype: torch.dtype) -> Hidden:
-    return context.work.hidden(f"sensitivity-{name}", (*ids.shape, width), dtype, context.chunk)
-
-
-def forward_states(context: Context, stream: BlockStream, ids: Tensor, total: int) -> list[Hidden]:
+def forward_states(context: Context, stream: BlockStream, part: Part, ids: Tensor) -> list[Hidden]:
     """Inputs of every block, and of the head, on disk."""
     blocks = len(context.anatomy.blocks)
-    width = context.width
-    stores = [new_store(context, f"{k}", ids, width, context.dtype) for k in range(blocks + 1)]
+    stores = [part.store(context, f"{k}", ids, context.dtype) for k in range(blocks + 1)]
     if not stores[0].complete:
         with torch.no_grad():
             for chunk in range(stores[0].chunks):
@@ -107,7 +172,7 @@ def forward_states(context: Context, stream: BlockStream, ids: Tensor, total: in
             advance(context, stream, module, block, stores[block], stores[block + 1])
         give_back()
         context.work.event(STAGE, "block done", block=block, way="forward")
-        context.progress(STAGE, block + 1, total)
+        context.progress(STAGE, part.begun + block + 1, part.total)
     return stores
 
 
@@ -130,10 +195,11 @@ def advance(
     after.finish()
 
 
-def gradient_from_head(context: Context, stream: BlockStream, inputs: Hidden, ids: Tensor) -> Hidden:
+def gradient_from_head(context: Context, stream: BlockStream, part: Part, inputs: Hidden, ids: Tensor) -> Hidden:
+    """Gradients at what comes out of the last block, on disk; the head's own moments are kept."""
     blocks = len(context.anatomy.blocks)
-    gradient = new_store(context, f"gradient-{blocks}", ids, inputs.shape[2], torch.float32)
-    if context.work.has("sensitivity/head.safetensors"):
+    gradient = part.store(context, f"gradient-{blocks}", ids, torch.float32)
+    if context.work.has(part.file("head")):
         return gradient
     layers = [layer for layer in context.anatomy.layers if layer.name == context.anatomy.head]
     with stream.head_module() as module:
@@ -143,12 +209,12 @@ def gradient_from_head(context: Context, stream: BlockStream, inputs: Hidden, id
             inputs.read,
             inputs.chunks,
             weights,
-            seed=context.options.seed,
+            seed=part.seed,
             workers=context.workers,
             keep=gradient.write,
         )
     gradient.finish()
-    _save_moments(context, "head", moments)
+    _save_moments(context, part, "head", moments)
     return gradient
 
 
@@ -157,9 +223,10 @@ def head_parameter(layer: Layer) -> str:
     return layer.tied[0] if layer.tied else layer.parameter
 
 
-def _back(context: Context, stream: BlockStream, block: int, inputs: Hidden, arriving: Hidden) -> Hidden:
-    leaving = context.work.hidden(f"sensitivity-gradient-{block}", inputs.shape, torch.float32, context.chunk)
-    if context.work.has(f"sensitivity/block-{block}.safetensors"):
+def _back(context: Context, stream: BlockStream, part: Part, block: int, ids: Tensor, arriving: Hidden) -> Hidden:
+    inputs = part.store(context, f"{block}", ids, context.dtype)
+    leaving = part.store(context, f"gradient-{block}", ids, torch.float32)
+    if context.work.has(part.file(f"block-{block}")):
         return leaving
     context.work.event(STAGE, "block begun", block=block, way="backward")
     with stream.block(block) as module:
@@ -173,14 +240,14 @@ def _back(context: Context, stream: BlockStream, block: int, inputs: Hidden, arr
             keep=leaving.write,
         )
     leaving.finish()
-    _save_moments(context, f"block-{block}", moments)
+    _save_moments(context, part, f"block-{block}", moments)
     give_back()
     context.work.event(STAGE, "block done", block=block, way="backward")
     arriving.remove()
     return leaving
 
 
-def _embedding(context: Context, stream: BlockStream, ids: Tensor, gradient: Hidden) -> None:
+def _embedding(context: Context, stream: BlockStream, part: Part, ids: Tensor, gradient: Hidden) -> None:
     """Second moment of the gradient at the embedding's own rows, before whatever the model makes of them."""
     layer = next((layer for layer in context.anatomy.layers if layer.name == context.anatomy.embedding), None)
     moment = torch.zeros(1 if layer is None else layer.shape[1], dtype=torch.float64)
@@ -198,5 +265,5 @@ def _embedding(context: Context, stream: BlockStream, ids: Tensor, gradient: Hid
                 )
             moment += arriving.reshape(-1, arriving.shape[-1]).double().square().sum(0)
             energies += token_energies(here, arriving, layer.shape[0])
-    found = {"moment": (moment / ids.numel()).float(), "energies": (energies / ids.numel()).float()}
-    context.work.save_tensors("sensitivity/embedding.safetensors", found)
+    found = {"moment": moment.float(), "energies": energies.float()}
+    context.work.save_tensors(part.file("embedding"), found)

@@ -201,10 +201,13 @@ def _add_all(total: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
         total[text] = total[text] + one if text in total else one
 
 
-def second_moment(use: Use) -> Tensor:
-    """``Σ_tokens x xᵀ`` of one input, ``(in, in)`` float32. Raises NotFinite naming the layer."""
+def second_moment(use: Use, weights: Tensor | None = None) -> Tensor:
+    """``Σ_tokens w · x xᵀ`` of one input, ``(in, in)`` float32. Raises NotFinite naming the layer.
+
+    ``weights (tokens,)``: of each token, none negative; default 1.
+    """
     x = use.inputs.detach()
-    product = kernels.moment(x)
+    product = kernels.moment(x if weights is None else x.to(torch.float32) * weights.sqrt()[:, None])
     if not torch.isfinite(product.diagonal()).all():
         bad = int((~torch.isfinite(x)).any(1).sum())
         found = f"{bad} of {len(x)} tokens have NaN or Inf" if bad else f"up to {float(x.abs().max()):.2g}"
@@ -219,7 +222,8 @@ def second_moment(use: Use) -> Tensor:
 class Grams:
     """Second moments of the distinct inputs of some layers, keyed by ``(layer.inputs, copy)``.
 
-    ``matrices``: sums of ``x xᵀ`` while they are collected, means afterwards. Sums are float32: chunks hold a few
+    ``matrices``: sums of ``w · x xᵀ`` while they are collected, means afterwards; ``masses``: sums of the tokens'
+    weights ``w``, which are 1 unless others are given. Sums are float32: chunks hold a few
     thousand tokens and are added a few hundred times, an error near 1e-6 of the entry, far below the bfloat16 rounding
     of the activations themselves; the factorization that is sensitive to it is done in float64 with damping four orders
     of magnitude above. ``reaches``: the greatest magnitude among all entries. ``noise``: sums of :func:`input_errors`,
@@ -228,11 +232,15 @@ class Grams:
 
     matrices: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     tokens: dict[tuple[str, int], int] = field(default_factory=dict)
+    masses: dict[tuple[str, int], float] = field(default_factory=dict)
     reaches: dict[tuple[str, int], float] = field(default_factory=dict)
     noise: dict[tuple[str, int], dict[str, Tensor]] = field(default_factory=dict)
 
-    def add(self, use: Use, moment: Tensor, errors: Mapping[str, Tensor]) -> None:
-        """Add what :func:`second_moment` and :func:`input_errors` gave; the former is used up."""
+    def add(self, use: Use, moment: Tensor, errors: Mapping[str, Tensor], mass: float | None = None) -> None:
+        """Add what :func:`second_moment` and :func:`input_errors` gave; the former is used up.
+
+        ``mass``: the sum of the weights they were given, default the number of tokens.
+        """
         key = (use.layer.inputs, use.copy)
         _add_all(self.noise.setdefault(key, {}), errors)
         if key in self.matrices:
@@ -240,6 +248,7 @@ class Grams:
         else:
             self.matrices[key] = moment
         self.tokens[key] = self.tokens.get(key, 0) + len(use.inputs)
+        self.masses[key] = self.masses.get(key, 0.0) + (len(use.inputs) if mass is None else mass)
         low, high = torch.aminmax(use.inputs.detach())
         self.reaches[key] = max(self.reaches.get(key, 0.0), -float(low), float(high))
 
@@ -260,15 +269,21 @@ def collect_grams(
     keep: Callable[[int, Tensor], None] | None = None,
     skip: frozenset[Layer] = frozenset(),
     roundings: Mapping[str, Roundings] | None = None,
+    energies: Sequence[Mapping[str, Tensor]] | None = None,
 ) -> Grams:
     """Run ``forward(chunk)`` for every chunk and take the Gram matrices of all watched layers.
 
     ``keep(chunk, output)`` receives the block's outputs in order. ``roundings``: by ``layer.inputs``, for an engine
-    that rounds. Raises NotFinite naming the layer.
+    that rounds. ``energies``: by chunk and ``layer.inputs`` the weights of its tokens, for inputs whose tokens do not
+    all count alike; what codes are solved with (GuidedQuant, arXiv:2505.07004, eq. 5, with one group of outputs and
+    one matrix for all layers that read an input). Raises NotFinite naming the layer.
     """
 
-    def statistics(use: Use) -> tuple[Tensor, dict[str, Tensor]]:
-        return second_moment(use), input_errors(use.inputs, (roundings or {}).get(use.layer.inputs, {}))
+    def statistics(entry: tuple[int, Use]) -> tuple[Tensor, dict[str, Tensor], float | None]:
+        chunk, use = entry
+        weights = energies[chunk].get(use.layer.inputs) if energies is not None else None
+        errors = input_errors(use.inputs, (roundings or {}).get(use.layer.inputs, {}), weights)
+        return second_moment(use, weights), errors, None if weights is None else float(weights.sum())
 
     # One layer stands for all that read the same input.
     chosen: dict[str, Layer] = {}
@@ -277,7 +292,7 @@ def collect_grams(
     watched = {layer: weights[layer] for layer in chosen.values()}
     total, done = Grams(), 0
     for uses, outputs in watched_runs(forward, chunks, watched, workers=workers, skip=skip, outputs=keep is not None):
-        moments = in_order(partial(_at, statistics, [use for _, use in uses]), len(uses), workers)
+        moments = in_order(partial(_at, statistics, uses), len(uses), workers)
         for (_, use), moment in zip(uses, moments, strict=True):
             total.add(use, *moment)
         for chunk, output in enumerate(outputs, done):
@@ -285,8 +300,8 @@ def collect_grams(
                 keep(chunk, output)
         done += len(outputs)
     for key, matrix in total.matrices.items():
-        matrix.div_(total.tokens[key])
-        total.noise[key] = {text: one / total.tokens[key] for text, one in total.noise[key].items()}
+        matrix.div_(total.masses[key])
+        total.noise[key] = {text: one / total.masses[key] for text, one in total.noise[key].items()}
     return total
 
 
@@ -332,45 +347,45 @@ class OutputMoments:
 
 def collect_guided_grams(
     forward: Callable[[int], Tensor],
-    pieces: Sequence[slice],
     weights: Mapping[Layer, Tensor],
-    energies: Mapping[str, Tensor],
+    energies: Sequence[Mapping[str, Tensor]],
     *,
     workers: int,
     roundings: Mapping[str, Roundings] | None = None,
 ) -> dict[str, Gram]:
-    """Gram matrices in which each token counts by its gradient's energy at the layer's output, scaled to mean weight 1.
+    """Gram matrices in which each token counts by its gradient's energy at the layer's own output: to judge with.
 
     Inputs and gradients are far from independent: the few tokens that all others attend to have unusual inputs *and*
     large gradients. On the reference model the plain product of the two moments understates value projections by 2.4.
-    (Such a matrix is what GuidedQuant, arXiv:2505.07004, rounds with; here it judges.)
 
-    ``forward(i)`` runs piece ``i`` of the text; ``pieces[i]``: which tokens of ``energies[layer] (tokens,)`` it holds.
-    Layers that are not used exactly once a token are left out. ``roundings``: as for :func:`collect_grams`.
+    ``forward(i)`` runs piece ``i`` of the text; ``energies[i][layer] (tokens,)`` are those of its tokens. Layers that
+    have none, or are not used exactly once a token, are left out. ``roundings``: as for :func:`collect_grams`.
     """
 
     def product(entry: tuple[int, Use]) -> tuple[Tensor, dict[str, Tensor]] | None:
         index, use = entry
-        energy = energies[use.layer.name][pieces[index]]
-        x = use.inputs.to(torch.float32)
-        if len(energy) != len(x):
+        energy = energies[index][use.layer.name]
+        if len(energy) != len(use.inputs):
             return None
-        return x.T @ (x * energy[:, None]), input_errors(x, (roundings or {}).get(use.layer.inputs, {}), energy)
+        errors = input_errors(use.inputs, (roundings or {}).get(use.layer.inputs, {}), energy)
+        return second_moment(use, energy), errors
 
     total: dict[str, Tensor] = {}
     noise: dict[str, dict[str, Tensor]] = {}
-    watched = {layer: weight for layer, weight in weights.items() if layer.name in energies}
-    for uses, _ in watched_runs(forward, len(pieces), watched, workers=workers, outputs=False):
+    tokens: dict[str, int] = {}
+    watched = {layer: weight for layer, weight in weights.items() if all(layer.name in one for one in energies)}
+    for uses, _ in watched_runs(forward, len(energies), watched, workers=workers, outputs=False):
         products = in_order(partial(_at, product, uses), len(uses), workers)
         for (_, use), found in zip(uses, products, strict=True):
             name = use.layer.name
             if found is not None:
                 matrix, errors = found
                 total[name] = total[name].add_(matrix) if name in total else matrix
+                tokens[name] = tokens.get(name, 0) + len(use.inputs)
                 _add_all(noise.setdefault(name, {}), errors)
     grams = {}
     for name, matrix in total.items():
-        energy = energies[name].sum().clamp(min=1e-30)
-        errors = {text: one / energy for text, one in noise[name].items()}
-        grams[name] = Gram(matrix.div_(energy), len(energies[name]), noise=errors)
+        mass = sum(float(one[name].sum()) for one in energies)
+        errors = {text: one / max(mass, 1e-30) for text, one in noise[name].items()}
+        grams[name] = Gram(matrix.div_(max(mass, 1e-30)), tokens[name], noise=errors)
     return grams

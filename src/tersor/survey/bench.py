@@ -12,7 +12,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,12 +32,13 @@ from tersor.solvers import Encoder, ErrorFeedback
 from tersor.stages.context import Context, block_weights
 from tersor.stages.finish import peak_resident_bytes
 from tersor.stages.memory import give_back
+from tersor.stages.sensitivity import input_energies, layer_energies, load_moments, measure_sensitivity
 from tersor.stages.text import Texts
 from tersor.stages.tune import BlockTuner, Piece
 from tersor.stages.verify import Pair, advance_states, compare_sequence
 from tersor.stages.weight_gradients import load_weight_gradients, measure_weight_gradients
 from tersor.stages.work import Work
-from tersor.statistics.collect import collect_grams
+from tersor.statistics.collect import Grams, collect_grams
 from tersor.survey.blocks import encode_copies, encode_layer, expected_loss, put_values
 from tersor.survey.records import Outcome
 from tersor.version import __version__
@@ -45,6 +46,7 @@ from tersor.version import __version__
 SIDE = 16 / 64
 """Bits per weight that layers may take beyond those asked: a float16 scale for every 64 weights."""
 _DONE = "shared.json"
+_GUIDED = "guided.json"
 _STAGE = "statistics"
 _OF_RECIPES = (
     TersorError,
@@ -110,20 +112,12 @@ def measure_shared(bench: Bench) -> None:
             work.save_tensors("begin.safetensors", {"states": torch.cat(held)})
             tokens = {}
             for block in range(blocks):
-                after: list[Tensor] = []
                 with stream.block(block) as module:
-                    sums = collect_grams(
-                        partial(_step, stream, module, block, fit),
-                        len(fit),
-                        block_weights(context, module, block),
-                        workers=context.workers,
-                        keep=lambda _, output, after=after: after.append(output),  # type: ignore[misc]
-                    )
+                    sums, fit = _block_sums(context, stream, module, block, fit)
                     held = advance_states(stream, module, block, held, context.workers)
                 named = {f"{name}#{copy}": matrix for (name, copy), matrix in sums.matrices.items()}
                 tokens.update({f"{name}#{copy}": count for (name, copy), count in sums.tokens.items()})
                 work.save_tensors(f"gram-{block}.safetensors", named)
-                fit = after
                 give_back()
                 context.progress(_STAGE, block + 1, blocks)
         work.save_tensors("end.safetensors", {"states": torch.cat(held)})
@@ -132,15 +126,66 @@ def measure_shared(bench: Bench) -> None:
         stream.close()
 
 
-def measure_gradients(bench: Bench) -> None:
-    """The loss's gradient by every weight, for recipes that ask for it, unless it is there already."""
-    measure_weight_gradients(replace(bench.context, work=bench.work), bench.texts.calibration.ids)
+def measure_gradients(bench: Bench, recipes: Sequence[Recipe]) -> None:
+    """What ``recipes`` ask of the loss's gradients, unless it is there already: by every weight, or by token."""
+    if any(recipe.gradients for recipe in recipes):
+        measure_weight_gradients(replace(bench.context, work=bench.work), bench.texts.calibration.ids)
+    if any(recipe.guided for recipe in recipes):
+        _measure_guided(bench)
 
 
-def block_grams(bench: Bench, block: int) -> dict[str, Gram]:
-    """The Gram matrices of a block's inputs, by ``<inputs>#<copy>``."""
+def _measure_guided(bench: Bench) -> None:
+    """Gram matrices in which tokens count by the gradients at the outputs of what reads them."""
+    context, work = replace(bench.context, work=bench.work), bench.work
+    if work.has(_GUIDED):
+        return
+    ids = bench.texts.calibration.ids
+    measure_sensitivity(context, ids)
+    blocks = len(context.anatomy.blocks)
+    stream = context.stream()
+    try:
+        with torch.no_grad():
+            fit = _embedded(stream, ids, context.chunk)
+            for block in range(blocks):
+                energies = layer_energies(load_moments(context, block), (ids.shape[0], ids.shape[1]), context.chunk)
+                with stream.block(block) as module:
+                    sums, fit = _block_sums(context, stream, module, block, fit, energies)
+                named = {f"{name}#{copy}": matrix for (name, copy), matrix in sums.matrices.items()}
+                work.save_tensors(f"guided-{block}.safetensors", named)
+                give_back()
+                context.progress(_STAGE, block + 1, blocks)
+    finally:
+        stream.close()
+    work.save(_GUIDED, {})
+
+
+def _block_sums(
+    context: Context,
+    stream: BlockStream,
+    module: nn.Module,
+    block: int,
+    states: list[Tensor],
+    energies: Sequence[Mapping[str, Tensor]] | None = None,
+) -> tuple[Grams, list[Tensor]]:
+    """Gram matrices of a block's inputs, and its outputs. ``energies``: by chunk and layer, of tokens that are to count
+    by them."""
+    after: list[Tensor] = []
+    weights = block_weights(context, module, block)
+    sums = collect_grams(
+        partial(_step, stream, module, block, states),
+        len(states),
+        weights,
+        workers=context.workers,
+        keep=lambda _, output: after.append(output),
+        energies=None if energies is None else input_energies(energies, weights),
+    )
+    return sums, after
+
+
+def block_grams(bench: Bench, block: int, *, guided: bool = False) -> dict[str, Gram]:
+    """The Gram matrices of a block's inputs, by ``<inputs>#<copy>``; ``guided``: those of :func:`measure_guided`."""
     tokens = bench.work.load(_DONE)["tokens"]
-    matrices = bench.work.load_tensors(f"gram-{block}.safetensors")
+    matrices = bench.work.load_tensors(f"{'guided' if guided else 'gram'}-{block}.safetensors")
     return {name: Gram(matrix, tokens[name]) for name, matrix in matrices.items()}
 
 
@@ -160,7 +205,8 @@ def chosen_codecs(
         layer = layers[name]
         if not at or at[0][0] != layer.block:
             assert layer.block is not None
-            at[:] = [(layer.block, block_grams(bench, layer.block), Encoder(ErrorFeedback(refit=False)))]
+            grams = block_grams(bench, layer.block, guided=recipe.guided)
+            at[:] = [(layer.block, grams, Encoder(ErrorFeedback(refit=False)))]
         return expected_loss(bench.context, layer, parse(text), *at[0][1:])
 
     texts = recipe.plan(bits + SIDE, {name: layer.stored_shape for name, layer in layers.items()}, loss)
@@ -203,6 +249,7 @@ def blank(bench: Bench, recipe: Recipe, bits: float) -> tuple[Outcome, dict[tupl
         "calibrated": recipe.calibrated,
         "steps": [step.__qualname__ for step in (recipe.refine, recipe.prepare, recipe.plan) if step is not None],
         **({"tune": repr(recipe.tune)} if recipe.tune is not None else {}),
+        **({"guided": True} if recipe.guided else {}),
     }
     outcome = Outcome(
         model=bench.context.source.fingerprint(),
@@ -261,7 +308,8 @@ def _measure(
             tuner = None if recipe.tune is None else _tuner(bench, stream, recipe.tune)
             reached = None if tuner is None else torch.cat(tuner.reference)
             for block in range(len(context.anatomy.blocks)):
-                ready = block_grams(bench, block)
+                plain = block_grams(bench, block)
+                ready = block_grams(bench, block, guided=True) if recipe.guided else plain
                 steep = load_weight_gradients(replace(context, work=bench.work), block) if recipe.gradients else {}
                 with stream.block(block) as module:
                     weights = block_weights(context, module, block)
@@ -272,6 +320,10 @@ def _measure(
                             # One encoder for all that read the same input: its Gram matrix is factored once.
                             encoder = (layer.inputs, Encoder(recipe.solver(), workers=context.workers))
                         used, found = encode_copies(context, recipe, layer, codecs[layer], ready, encoder[1], steep)
+                        # Output errors are told of the same inputs for all.
+                        found = [
+                            replace(piece, gram=plain.get(f"{layer.inputs}#{at}")) for at, piece in enumerate(found)
+                        ]
                         total += used
                         if tuner is None:
                             put_values(weights[layer], layer, found)

@@ -162,8 +162,7 @@ def _run(
         else:
             open_pairs.append((recipe, bits))
     progress(STAGE, done * steps, len(pairs) * steps)
-    if any(recipe.gradients for recipe, _ in open_pairs):
-        measure_gradients(bench)
+    measure_gradients(bench, [recipe for recipe, _ in open_pairs])
     if request.ray is not None and open_pairs:
         work = partial(_elsewhere, _for_cluster(request))
         for outcome in on_cluster(request.ray, work, open_pairs, partial(_lost, bench)):
