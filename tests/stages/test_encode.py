@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
+from torch import Tensor
 
 from leaf_checks import correlated_gram, gaussian
+from tersor.artifact import ArtifactWriter
+from tersor.codecs import parse
 from tersor.codecs.packing import pack, unpack
+from tersor.contracts import Layer
+from tersor.pipeline import light_context
+from tersor.stages import encode
+from tersor.stages.allocate import artifact_layout
+from tersor.stages.context import Context, block_weights
 from tersor.stages.encode import _errors
+from tersor.stages.options import Budget, Options
+from tersor.stages.sensitivity import measure_sensitivity
+from tersor.stages.work import Work
+from tersor.statistics.collect import OutputMoments, collect_guided_grams
 
 
 @pytest.mark.parametrize("columns", [1, 255, 256, 300, 600])
@@ -33,3 +49,52 @@ def test_codes_are_a_little_endian_stream_of_bits(bits: int, count: int) -> None
         assert int.from_bytes(bytes(stream), "little") == sum(code << at * bits for at, code in enumerate(row))
     assert torch.equal(unpack(packed, bits, count), codes)
     assert torch.equal(codes, before)
+
+
+@pytest.fixture
+def steep(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Energies of 6 x 16 tokens, of which a few are large, in place of those that a backward pass finds."""
+    energy = torch.exp(3 * torch.randn(96, generator=torch.Generator().manual_seed(1)))
+
+    def moments(context: Context, block: int | None) -> OutputMoments:
+        return OutputMoments(energies={layer.name: [energy] for layer in context.anatomy.layers_of(block)})
+
+    monkeypatch.setattr(encode, "load_moments", moments)
+    return list(energy.split(32))
+
+
+def test_codes_are_solved_for_what_each_token_is_worth(
+    steep: list[Tensor], tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """In the first block the weighted error is less than with all tokens alike; the unweighted one is not."""
+    ids = torch.randint(3, 100, (6, 16), generator=torch.Generator().manual_seed(3))
+    decoded: dict[str, dict[Layer, Tensor]] = {}
+    for sensitivity in ("fisher", "flat"):
+        options = Options(Budget("bpw", 4.0), dtype="float32", workers=1, sensitivity=sensitivity)  # type: ignore[arg-type]
+        context = replace(light_context(tiny("llama"), options, cache_dir=tmp_path), chunk=2)
+        context = replace(context, work=Work(tmp_path / f"{sensitivity}.partial"))
+        context.work.begin({})
+        if sensitivity == "fisher":
+            measure_sensitivity(context, ids)
+        codecs = {layer.name: parse("bf16" if layer.block is None else "int3:row") for layer in context.anatomy.layers}
+        layers = context.anatomy.layers_of(0)
+        with ArtifactWriter(tmp_path / sensitivity, artifact_layout(context.anatomy, codecs), {}) as writer:
+            encode.encode_model(context, codecs, writer, ids)
+            decoded[sensitivity] = {
+                layer: encode._written_weight(context, layer, codecs[layer.name], writer) for layer in layers
+            }
+            writer.finish()
+    stream = context.stream()
+    with torch.no_grad(), stream.block(0) as module:
+        hidden = [stream.embed(piece) for piece in ids.split(2)]
+        weights = block_weights(context, module, 0)
+
+        def total(energies: list[Tensor], sensitivity: str) -> float:
+            named = [{layer.name: energy for layer in weights} for energy in energies]
+            grams = collect_guided_grams(lambda at: stream.run(module, 0, hidden[at]), weights, named, workers=1)
+            errors = {layer: weights[layer] - decoded[sensitivity][layer] for layer in weights}
+            return sum(float(((e @ grams[layer.name].matrix) * e).sum()) for layer, e in errors.items())
+
+        assert total(steep, "fisher") < 0.8 * total(steep, "flat")
+        alike = [torch.ones_like(energy) for energy in steep]
+        assert total(alike, "fisher") > total(alike, "flat")
