@@ -21,7 +21,7 @@ DEVELOPER := $(VENV)/.installed-for-development
 comma := ,
 SLOW := note: no C++ compiler was found; everything works, but encoding takes about three times as long
 
-.PHONY: demo test lint sanitize test-plain bench bench-leaves bench-limit bench-allocation bench-sensitivity bench-memory bench-resume bench-peers bench-engines bench-pace bench-w4a16 bench-kernels bench-decode clean
+.PHONY: demo test lint sanitize test-plain bench bench-leaves bench-limit bench-allocation bench-sensitivity bench-memory bench-resume bench-peers bench-survey bench-engines bench-pace bench-w4a16 bench-kernels bench-decode clean
 .DELETE_ON_ERROR:
 
 demo: $(USER)
@@ -90,6 +90,11 @@ bench-sensitivity: out/reference
 bench-peers: out/reference
 	@test -f $(TEXT) || { echo "name a text to measure on: make bench-peers TEXT=/path/to/text.txt" >&2; exit 1; }
 	$(BIN)/python benchmarks/peers.py --model out/reference --text $(TEXT)
+
+# Every recipe of the literature at equal bytes, and a verdict on every claim: three hours on two processors where nothing is
+# measured yet. It goes on from benchmarks/results/survey.sqlite; remove that to measure everything anew.
+bench-survey: out/reference
+	$(BIN)/python benchmarks/survey.py --model out/reference
 
 # GGUF files against llama.cpp's own of the same size, run by llama.cpp, on the reference model and on a wider one.
 out/reference-wide: $(USER)

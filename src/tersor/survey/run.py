@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection, wait
@@ -88,6 +88,8 @@ class Survey:
     page: Path
     database: Path
     new: int
+    setting: Mapping[str, str]
+    """What results were measured on, for people."""
 
 
 def run_survey(request: Request, *, progress: Progress = silent, told: Told | None = None) -> Survey:
@@ -188,7 +190,9 @@ def _written(request: Request, bench: Bench, database: Database, new: int = 0) -
     found = verdicts(known, outcomes)
     page = request.output / PAGE
     write_page(page, bench, known, outcomes, found)
-    return Survey(str(bench.context.source.origin), tuple(outcomes), tuple(found), page, request.output / DATABASE, new)
+    facts = setting(bench)
+    model = str(bench.context.source.origin)
+    return Survey(model, tuple(outcomes), tuple(found), page, request.output / DATABASE, new, facts)
 
 
 def _side_by_side(request: Request, bench: Bench, pairs: list[tuple[Recipe, float]]) -> Iterator[Outcome]:
