@@ -249,9 +249,11 @@ def prepare(
 def feedback_speed(compressor: Compressor, bits: int, group: int) -> dict[str, Any]:
     """Time of error feedback on plain integers for all linear layers, each block's statistics included.
 
-    That is what GPTQModel's time covers too: passes through the blocks with Gram matrices, solving, and packing.
+    That is what GPTQModel's time covers too: passes through the blocks with Gram matrices, solving, and packing. Tokens
+    count alike, as they do there.
     """
-    context = replace(compressor.context, options=replace(compressor.context.options, solver="feedback"))
+    options = replace(compressor.context.options, solver="feedback", sensitivity="flat")
+    context = replace(compressor.context, options=options)
     row = replace(compressor, context=context).encode(compressor.uniform(f"int{bits}:g{group}"), None)
     return {"bits": bits, "group": group, "seconds": row["seconds"], "cpu_seconds": row["cpu_seconds"]}
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tersor.codecs import parse
+from tersor.codecs import WeightSplit, parse
 from tersor.contracts import Gram
 from tersor.errors import BadInput
 from tersor.recipes import Claim, NothingFits, Paper, Recipe, chosen, fullest, grouped, load_file, recipe, recipes
@@ -63,7 +63,7 @@ def test_codecs_stay_within_their_bits(name: str, shape: tuple[int, int]):
 @settings(deadline=None, max_examples=30)
 @given(bits=st.floats(0.6, 8.0), rows=st.integers(1, 300), columns=st.integers(1, 40).map(lambda n: 8 * n))
 def test_no_number_of_bits_is_ever_exceeded(bits: float, rows: int, columns: int):
-    for name in ("rtn", "gwq", "eora", "squeezellm", "finequant"):
+    for name in ("rtn", "gwq", "eora", "squeezellm", "finequant", "pb-llm", "binary"):
         try:
             codec = ALL[name].codec_for(bits, (rows, columns))
         except NothingFits:
@@ -85,7 +85,9 @@ def test_recipes_encode_a_layer_in_what_they_promise(name: str):
             continue
         used, values = encode_layer(one, weight, codec, gram, Encoder(one.solver()))
         assert used <= bits * weight.numel()
-        assert float((weight - values).square().mean()) < float(weight.square().mean())
+        # Of the outputs: where inputs hardly matter, least squares may leave more than there was.
+        lost, whole = (float(((rows @ gram.matrix) * rows).sum()) for rows in (weight - values, weight))
+        assert lost < 0.5 * whole
         assert torch.isfinite(values).all()
         return
     pytest.fail("fits at no number of bits")
@@ -123,6 +125,16 @@ def test_finequant_coarsens_even_rows_alone():
     assert str(one.refine(even, codec)).endswith(":row")
     uneven = even * torch.logspace(-3, 0, 256)
     assert one.refine(uneven, codec) == codec
+
+
+def test_partial_binarization_takes_all_salient_weights_that_fit():
+    one, shape = ALL["pb-llm"], (576, 1536)
+    codec = one.codec_for(2.25, shape)
+    assert isinstance(codec, WeightSplit)
+    assert (str(codec.salient), str(codec.rest)) == ("int8:row", "bin:row")
+    more = codec.count(shape[1]) + 8  # a byte of signs less, eight of integers more
+    assert parse(f"weights(int8:row,bin:row):{more / shape[1]:.6f}").bits(shape) > 2.25 * 576 * 1536
+    assert str(one.codec_for(1.75, shape)).startswith("sum(sparse")
 
 
 def test_fullest_names_what_it_tried():

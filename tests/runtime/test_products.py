@@ -71,7 +71,14 @@ COMPOSED = [
     "rows(40:int6:g32:s8,64:rot(trellis4:L8),72:bf16)",
 ]
 STREAMS = ["coded(int4:row):3.3", "coded(ternary:g32):1.9", "coded(fp4:e2m1:g32):3.6", "rot(coded(int5:row):3.2)"]
-NONE = {"fp4:e2m1:g6", "ternary:g6", "pvq1:n32", "sparse2of4(lut3:row)", "sparse1of3(ternary:row)"}
+NONE = {
+    "fp4:e2m1:g6",
+    "ternary:g6",
+    "pvq1:n32",
+    "sparse2of4(lut3:row)",
+    "sparse1of3(ternary:row)",
+    "weights(int8:row,bin:row):0.05",
+}
 ALL = [text for text in (*LEAVES, *TILED, *COMPOSED, *STREAMS) if text not in NONE]
 ROWS = 72
 

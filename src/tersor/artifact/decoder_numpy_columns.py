@@ -1,4 +1,4 @@
-"""NumPy decoding of ``cols``, ``colscale`` and ``sparse<n>of<m>``, codecs around others; see ``SPEC.md``."""
+"""NumPy decoding of ``cols``, ``weights``, ``colscale`` and ``sparse<n>of<m>``, around other codecs; ``SPEC.md``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 Parts = dict[str, tuple[str, tuple[int, ...]]]
 
-HEAD = r"cols|colscale|sparse\d{1,2}of\d{1,2}"
+HEAD = r"cols|weights|colscale|sparse\d{1,2}of\d{1,2}"
 RECURSES = True
 """Its functions are also given the same functions for codecs of any family."""
 
@@ -27,6 +27,8 @@ def parts(text: str, rows: int, columns: int, recurse: Callable[[str, int, int],
     kind = _kind(text)
     if kind == "cols":
         own["mask"] = ("U8", (1, (columns + 7) // 8))
+    elif kind == "weights":
+        own["mask"] = ("U8", (rows, (columns + 7) // 8))
     elif kind == "colscale":
         own["column"] = ("F16", (columns,))
     else:
@@ -59,6 +61,13 @@ def decode(
         if chosen.sum() != found[0].shape[1]:
             raise ValueError(f"expected a mask of {found[0].shape[1]} columns, found one of {chosen.sum()}")
         weight[:, chosen], weight[:, ~chosen] = found
+        return weight
+    if kind == "weights":
+        each = np.unpackbits(arrays["mask"], axis=1, bitorder="little")[:, :columns].astype(bool)
+        wrong = each.sum(1) != found[0].shape[1]
+        if wrong.any():
+            raise ValueError(f"expected {found[0].shape[1]} weights a row in the mask, found {each[wrong][0].sum()}")
+        weight[each], weight[~each] = (values.ravel() for values in found)
         return weight
     kept, group = _sizes(text)
     subsets = np.array(list(itertools.combinations(range(group), kept)))
@@ -101,6 +110,14 @@ def _inner(text: str, columns: int) -> list[tuple[str, str, int]]:
         count = max(round(columns * amount), 1) if amount < 1 else int(amount)
         if count >= columns:
             raise ValueError(f"codec '{text[:80]}' sets {count} of {columns} columns apart")
+        return [("a_", arguments[0], count), ("b_", arguments[1], columns - count)]
+    if kind == "weights":
+        shares = [float(option) for option in options if _AMOUNT.fullmatch(option)]
+        if len(arguments) != 2 or len(shares) != 1 or not 0 < shares[0] < 1:
+            raise ValueError(f"codec '{text[:80]}' is not of the form weights(<codec>,<codec>):0.<share>")
+        count = max(round(columns * shares[0]), 1)
+        if count >= columns:
+            raise ValueError(f"codec '{text[:80]}' sets {count} of {columns} weights of a row apart")
         return [("a_", arguments[0], count), ("b_", arguments[1], columns - count)]
     if kind == "colscale":
         if len(arguments) != 1:

@@ -2,6 +2,7 @@
 
 from tersor.codecs.binary import BinaryPlanes
 from tersor.codecs.block import Block
+from tersor.codecs.by_weight import WeightSplit
 from tersor.codecs.codebook import Codebook
 from tersor.codecs.coded import Coded
 from tersor.codecs.column_scale import ColumnScaled
@@ -60,6 +61,7 @@ __all__ = [
     "Ternary",
     "Total",
     "Trellis",
+    "WeightSplit",
     "parse",
     "split",
 ]
