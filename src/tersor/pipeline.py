@@ -343,7 +343,7 @@ def _measure(context: Context, texts: Texts, given: Plan | None) -> tuple[str, .
         curve_stage.measure_curves(context, ids, points=given is None)
     if given is not None:
         return ()
-    return curve_stage.calibration_notes(curve_stage.load_records(context), held_out=context.held_out(ids) > 0)
+    return curve_stage.calibration_notes(curve_stage.load_records(context), held_out=context.held_out(len(ids)) > 0)
 
 
 def _kept_outside(anatomy: Anatomy, given: Plan) -> bool:

@@ -61,10 +61,10 @@ def test_an_estimate_counts_the_file_and_what_is_kept_between_blocks(anatomy: An
     assert found.disk > 40_000 + 2 * 64 * 256 * 64 * 2
     assert found.seconds is not None
     assert 0 < found.seconds < 600
-    # The backward pass keeps the states of both blocks, and gradients, for 32,768 tokens at one time.
-    twice, more = (estimate(anatomy, replace(OPTIONS, sequences=count), 2, 40_000) for count in (128, 6400))
-    assert twice.disk - found.disk == 2 * 64 * 256 * 64 * 2 + 64 * 256 * 64 * (2 * 2 + 8)
-    assert more.disk - twice.disk == 2 * (6400 - 128) * 256 * 64 * 2
+    few, more = (estimate(anatomy, replace(OPTIONS, sequences=count), 2, 40_000) for count in (16, 6400))
+    assert more.disk - found.disk == 2 * (6400 - 64) * 256 * 64 * 2
+    # The backward pass keeps the states of both blocks, and gradients, for at most 8,192 tokens.
+    assert found.disk - few.disk == 2 * (64 - 16) * 256 * 64 * 2 + (8192 - 16 * 256) * 64 * (2 * 2 + 8)
 
 
 def test_a_disk_with_too_little_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,6 @@ from tersor.parallel import in_order
 from tersor.pipeline import light_context
 from tersor.stages.context import Context, block_weights
 from tersor.stages.options import Budget, Options
-from tersor.stages.sensitivity import input_energies
 from tersor.statistics.collect import (
     Grams,
     OutputMoments,
@@ -272,9 +271,7 @@ def test_weighted_moments_are_the_sums_taken_by_hand(workers: int, seed: int) ->
     layers = {Layer(n, f"{n}.weight", "linear", (8, 8), 0, "x" if n != "c" else "y"): w for n, w in names.items()}
     texts = [torch.randn(5, 8, generator=generator) for _ in range(4)]
     by_layer = [{n: torch.rand(5, generator=generator) for n in "ab"} for _ in texts]
-    by_input = input_energies(by_layer, layers)
-    assert all(torch.equal(one["x"], two["a"] + two["b"]) for one, two in zip(by_input, by_layer, strict=True))
-    assert all("y" not in one for one in by_input)
+    by_input = [{"x": one["a"] + one["b"]} for one in by_layer]
 
     def forward(chunk: int) -> Tensor:
         inner = torch.nn.functional.linear(texts[chunk], first) + torch.nn.functional.linear(texts[chunk], second)

@@ -16,11 +16,17 @@ from transformers import AutoModelForCausalLM
 
 from tersor.contracts import Gram, Layer
 from tersor.pipeline import light_context
-from tersor.stages import sensitivity as stage
 from tersor.stages.context import Context, block_weights, oriented
 from tersor.stages.curves import measure_curves, outside_objectives
-from tersor.stages.options import Budget, Options
-from tersor.stages.sensitivity import layer_energies, load_embedding, load_moments, measure_sensitivity, text_parts
+from tersor.stages.options import Budget, EffortName, Options
+from tersor.stages.sensitivity import (
+    SEEN_TOKENS,
+    layer_energies,
+    load_moments,
+    measure_sensitivity,
+    seen_chunks,
+    token_weights,
+)
 from tersor.stages.work import Work
 from tersor.statistics.collect import OutputMoments, collect_grams
 from tersor.statistics.sampling import draw
@@ -113,51 +119,59 @@ def test_output_moments_are_those_of_explicit_gradients(family: str, tiny: Calla
         found = load_moments(context, None).sums[context.anatomy.head, 0].double()
         # Gemma caps its logits after the product that is watched.
         torch.testing.assert_close(found, expected["head"].double(), rtol=2e-3, atol=1e-6)
-    moment = load_embedding(context)["moment"].double()
+    moment = context.work.load_tensors("sensitivity/embedding.safetensors")["moment"].double()
     torch.testing.assert_close(moment, rows / ids.numel(), rtol=2e-3, atol=1e-4 * float(rows.mean()) / ids.numel())
 
 
-def test_long_text_is_gone_through_in_parts_and_a_killed_pass_goes_on(
+@pytest.mark.parametrize(
+    ("sequences", "effort", "seen"),
+    [
+        (64, "normal", range(8, 16)),
+        (64, "fast", range(10, 14)),
+        (3, "fast", range(1)),
+        (8, "best", range(2)),
+        (640, "best", range(112, 128)),
+        (20, "fast", range(1, 5)),
+    ],
+)
+def test_the_backward_pass_sees_text_that_fits_and_text_that_judges(
+    sequences: int, effort: EffortName, seen: range, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    context = replace(context_of(tiny("llama"), tmp_path, effort=effort), chunk=4)
+    assert seen_chunks(context, sequences, 256) == seen
+    held = context.held_out(sequences)
+    assert held == 0 or 0 < sum(chunk >= -(-sequences // 4) - held for chunk in seen) < len(seen)
+
+
+def test_energies_lie_where_their_tokens_do_and_weights_are_one_in_the_mean(
     tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Parts are passes of their own whose moments add up, and every token's energy lies where the token does."""
-    monkeypatch.setattr(stage, "PART_TOKENS", 64)
-    ids = some_ids(7)
-    assert text_parts(7, 16, 2) == [slice(0, 4), slice(4, 7)]
-    folder = tiny("llama")
-    runs = {}
-    for name in ("whole", "first", "killed"):
-        (tmp_path / name).mkdir()
-        runs[name] = context_of(folder, tmp_path / name)
-    measure_sensitivity(runs["whole"], ids)
-    measure_sensitivity(runs["first"], ids[:4])
-    calls: list[int] = []
-
-    def killed(stage: str, done: int, total: int) -> None:
-        calls.append(done)
-        if done == total - 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        measure_sensitivity(replace(runs["killed"], progress=killed), ids)
-    assert calls == sorted(calls)
-    measure_sensitivity(runs["killed"], ids)
-    for block in (0, 1, None):
-        whole, first, again = (load_moments(runs[name], block) for name in ("whole", "first", "killed"))
-        assert whole.positions == again.positions == 7 * 16
-        for key in whole.sums:
-            assert torch.equal(whole.sums[key], again.sums[key])
-            assert whole.tokens[key] == 7 * 16
-            assert bool((whole.sums[key] >= first.sums[key]).all())
-        for name in whole.energies:
-            found = torch.cat(whole.energies[name])
-            assert torch.equal(found, torch.cat(again.energies[name]))
-            assert torch.equal(found[:64], torch.cat(first.energies[name]))
-            torch.testing.assert_close(found.sum(), whole.sums[name, 0].sum(), rtol=1e-4, atol=0)
-    assert not list(runs["whole"].work.folder.glob("*.hidden"))
-    moments = load_moments(runs["whole"], 0)
-    chunks = layer_energies(moments, (7, 16), 2)
-    assert [len(next(iter(chunk.values()))) for chunk in chunks] == [32, 32, 32, 16]
+    """A part of the text is seen; its tokens count by gradients for a fifth of all weight."""
+    monkeypatch.setitem(SEEN_TOKENS, "normal", 96)
+    context = context_of(tiny("llama"), tmp_path)
+    ids = some_ids(9)
+    assert seen_chunks(context, 9, 16) == range(2, 5)
+    measure_sensitivity(context, ids)
+    moments = load_moments(context, 1)
+    assert moments.positions == 5 * 16
+    energies = layer_energies(context, moments, 9, 16)
+    layers = context.anatomy.layers_of(1)
+    assert [{len(one) for one in chunk.values()} for chunk in energies] == [set(), set(), {32}, {32}, {16}]
+    for layer in layers:
+        whole = sum(float(chunk[layer.name].sum()) for chunk in energies[2:])
+        assert whole == pytest.approx(float(moments.sums[layer.name, 0].sum()), rel=1e-4)
+    tokens = [32, 32, 32, 32, 16]
+    weights = token_weights(energies, tokens, layers)
+    v = next(layer for layer in layers if layer.name.endswith("v_proj"))
+    readers = [layer.name for layer in layers if layer.inputs == v.inputs]
+    assert len(readers) == 3
+    assert [len(chunk[v.inputs]) for chunk in weights] == tokens
+    assert sum(float(chunk[v.inputs].sum()) for chunk in weights) == pytest.approx(sum(tokens), rel=1e-5)
+    assert all(bool((chunk[v.inputs] == 0.8).all()) for chunk in weights[:2])
+    energy = torch.cat([sum(chunk[name] for name in readers) for chunk in energies[2:]])  # type: ignore[misc]
+    found = torch.cat([chunk[v.inputs] for chunk in weights[2:]]) - 0.8
+    torch.testing.assert_close(found, 0.2 * 144 * energy / energy.sum())
+    assert token_weights([{}, {}], [4, 4], layers) == [{}, {}]
 
 
 def test_expert_moments_add_up_to_what_reaches_the_layer(tiny: Callable[..., Path], tmp_path: Path) -> None:

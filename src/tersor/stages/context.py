@@ -52,9 +52,9 @@ class Context:
         """Width of the hidden state between blocks."""
         return int(self.source.config.get_text_config().hidden_size)
 
-    def held_out(self, ids: Tensor) -> int:
-        """How many of the last chunks of ``ids (n, T)`` are held out of fitting: a quarter, none of a single one."""
-        chunks = -(-len(ids) // self.chunk)
+    def held_out(self, sequences: int) -> int:
+        """How many of the last chunks of a text are held out of fitting: a quarter, none of a single one."""
+        chunks = -(-sequences // self.chunk)
         return max(1, chunks // 4) if chunks > 1 else 0
 
     def check_streamed(self) -> None:

@@ -22,10 +22,9 @@ from tersor.stages.memory import give_back
 from tersor.stages.sensitivity import (
     advance,
     head_parameter,
-    input_energies,
     layer_energies,
-    load_embedding,
     load_moments,
+    token_weights,
 )
 from tersor.stages.stretches import Measured, combine, stretch_stops
 from tersor.stages.work import Hidden
@@ -89,7 +88,7 @@ def measure_curves(context: Context, ids: Tensor, *, points: bool = True) -> Non
             record: Record = {}
             with stream.block(block) as module:
                 if points:
-                    record = _measure_block(context, stream, module, block, stores, context.held_out(ids))
+                    record = _measure_block(context, stream, module, block, stores, context.held_out(len(ids)))
                 else:
                     advance(context, stream, module, block, stores[block], stores[block + 1])
             give_back()
@@ -112,7 +111,9 @@ def _measure_block(
     weights = block_weights(context, module, block)
     fit_chunks = stores[block].chunks - held_out
     moments = load_moments(context, block) if context.options.sensitivity == "fisher" else None
-    energies = layer_energies(moments, stores[block].shape[:2], context.chunk) if moments is not None else None
+    energies: list[dict[str, Tensor]] = [{} for _ in range(stores[block].chunks)]
+    if moments is not None:
+        energies = layer_energies(context, moments, *stores[block].shape[:2])
     statistics = _block_statistics(context, stream, module, block, weights, stores, fit_chunks, energies)
     give_back()
     return _measure_layers(context, weights, statistics, moments)
@@ -126,12 +127,12 @@ def _block_statistics(
     weights: dict[Layer, Tensor],
     stores: list[Hidden],
     fit_chunks: int,
-    energies: Sequence[Mapping[str, Tensor]] | None,
+    energies: Sequence[Mapping[str, Tensor]],
 ) -> Statistics:
     """Gram matrices of all layers; of the held-out text one for each layer whose gradients are known."""
     before, after = stores[block], stores[block + 1]
     chunks = before.chunks
-    apart = range(fit_chunks if fit_chunks < chunks else 0, chunks)
+    judging = [chunk for chunk in range(fit_chunks if fit_chunks < chunks else 0, chunks) if energies[chunk]]
 
     def forward(chunk: int) -> Tensor:
         return stream.run(module, block, before.read(chunk))
@@ -144,9 +145,9 @@ def _block_statistics(
         workers=context.workers,
         keep=after.write,
         roundings=roundings,
-        energies=None if energies is None else input_energies(energies, weights),
+        energies=token_weights(energies[:fit_chunks], [before.tokens(chunk) for chunk in range(fit_chunks)], weights),
     )
-    guided = frozenset(energies[0] if energies else ())
+    guided = frozenset(energies[judging[0]] if judging else ())
     held = collect_grams(
         lambda chunk: forward(chunk + fit_chunks),
         chunks - fit_chunks,
@@ -156,18 +157,14 @@ def _block_statistics(
         roundings=roundings,
     )
     after.finish()
-    judging = (
-        {}
-        if energies is None
-        else collect_guided_grams(
-            lambda piece: forward(apart[piece]),
-            weights,
-            [energies[chunk] for chunk in apart],
-            workers=context.workers,
-            roundings=roundings,
-        )
+    judges = collect_guided_grams(
+        lambda piece: forward(judging[piece]),
+        weights,
+        [energies[chunk] for chunk in judging],
+        workers=context.workers,
+        roundings=roundings,
     )
-    return Statistics(fit, held, judging)
+    return Statistics(fit, held, judges)
 
 
 def _measure_layers(
@@ -302,7 +299,7 @@ def _measure_outside(context: Context, stream: BlockStream, hidden: Hidden, ids:
     fit = held = None
     if head is not None:
         chunks = hidden.chunks
-        fit_chunks = chunks - context.held_out(ids)
+        fit_chunks = chunks - context.held_out(len(ids))
         with stream.head_module() as module:
             weights = {head: module.get_parameter(head_parameter(head))}
 
@@ -360,7 +357,7 @@ def outside_objectives(context: Context, layer: Layer, weight: Tensor) -> tuple[
         assert fit is not None
         assert held is not None
         return fit, Objective(0.5 * rows, held)
-    found = load_embedding(context)
+    found = context.work.load_tensors("sensitivity/embedding.safetensors")
     judge = embedding_objective(found["energies"], found["moment"], head_gram=held, head_rows=rows)
     return embedding_gram(found["moment"], head_gram=fit, head_rows=rows), judge
 

@@ -23,7 +23,7 @@ from tersor.solvers import Encoder, chunk_of
 from tersor.stages.context import Context, as_parameter, block_weights, oriented, row_pieces
 from tersor.stages.curves import OUTSIDE, outside_objectives
 from tersor.stages.memory import give_back
-from tersor.stages.sensitivity import advance, input_energies, layer_energies, load_moments
+from tersor.stages.sensitivity import advance, layer_energies, load_moments, token_weights
 from tersor.stages.tune import BlockTuner, Piece
 from tersor.stages.weights import is_finite
 from tersor.stages.work import Hidden
@@ -186,7 +186,8 @@ def _energies(
     """How much each token counts where codes are solved: the original model's gradients say it, if they were asked."""
     if context.options.sensitivity != "fisher" or context.options.solver == "nearest":
         return None
-    return input_energies(layer_energies(load_moments(context, block), hidden.shape[:2], hidden.chunk), layers)
+    energies = layer_energies(context, load_moments(context, block), *hidden.shape[:2])
+    return token_weights(energies, [hidden.tokens(chunk) for chunk in range(hidden.chunks)], layers)
 
 
 def _replace_weights(

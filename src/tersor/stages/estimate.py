@@ -14,7 +14,7 @@ import torch
 from tersor.contracts import Anatomy, Layer
 from tersor.errors import BadInput
 from tersor.stages.options import LEAST_TRELLIS, Options, searches
-from tersor.stages.sensitivity import PART_TOKENS
+from tersor.stages.sensitivity import SEEN_TOKENS
 
 _REPORT_BYTES = 3_000_000
 """Most of it is the library that draws the charts; the rest leaves room for a tokenizer."""
@@ -136,7 +136,7 @@ def estimate(anatomy: Anatomy, options: Options, workers: int, file_bytes: int) 
     weights = sum(layer.parameters for layer in anatomy.layers if layer.block is not None)
     outside = sum(layer.parameters for layer in anatomy.layers_of(None))
     tokens = options.sequences * options.length
-    backward = tokens if options.sensitivity == "fisher" else 0
+    backward = _seen(options)
     evaluated = options.eval_sequences * options.length
     gram = sum(2 * width * width for width in _distinct_inputs(anatomy))
     sampled = (tokens + evaluated) if options.text is None else 0
@@ -161,11 +161,17 @@ def estimate(anatomy: Anatomy, options: Options, workers: int, file_bytes: int) 
 def disk_bytes(anatomy: Anatomy, options: Options, file_bytes: int) -> int:
     """Bytes on disk while running: the artifact with its report, and hidden states between blocks."""
     tokens = options.sequences * options.length
-    backward = min(tokens, max(PART_TOKENS, options.length)) if options.sensitivity == "fisher" else 0
+    backward = _seen(options)
     width = max((layer.shape[1] for layer in anatomy.layers_of(None)), default=1024)
     dtype = 2 if options.dtype == "bfloat16" else 4
     hidden = 2 * tokens * width * dtype + backward * width * (len(anatomy.blocks) * dtype + 8)
     return file_bytes + _REPORT_BYTES + hidden
+
+
+def _seen(options: Options) -> int:
+    """Tokens that the backward pass sees."""
+    most = max(SEEN_TOKENS[options.effort], 2 * chunk_sequences(options.length) * options.length)
+    return min(options.sequences * options.length, most) if options.sensitivity == "fisher" else 0
 
 
 def check_disk(partial: Path, needed: int) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,151 +13,145 @@ from tersor.parallel import in_order
 from tersor.runtime.stream import BlockStream
 from tersor.stages.context import Context, block_weights
 from tersor.stages.memory import give_back
+from tersor.stages.options import EffortName
 from tersor.stages.weights import is_finite
 from tersor.stages.work import Hidden
 from tersor.statistics.collect import OutputMoments
 from tersor.statistics.sensitivity import backward_block, backward_head, embedding_gradient, token_energies
 
-PART_TOKENS = 2**15
-"""Tokens whose hidden states lie on disk at one time, for all blocks; longer texts are gone through in parts."""
+SEEN_TOKENS: dict[EffortName, int] = {"fast": 2**12, "normal": 2**13, "best": 2**14}
+"""Tokens that the backward pass sees, by effort."""
+_GUIDED = 0.2
+"""Share of a Gram matrix in which tokens count by their gradients; docs/LOG.md ("Token weights") has others."""
+
+
+def seen_chunks(context: Context, sequences: int, length: int) -> range:
+    """Which chunks of a text of ``sequences`` of ``length`` tokens the backward pass sees.
+
+    As many as :data:`SEEN_TOKENS` allows: half of them, where there are so many, of the held-out end that judges, the
+    others right before it, which codes are fitted to.
+    """
+    chunks = -(-sequences // context.chunk)
+    held = context.held_out(sequences)
+    most = max(SEEN_TOKENS[context.options.effort] // (context.chunk * length), 2)
+    judging = min(held, max(most // 2, most - (chunks - held)))
+    fitting = min(chunks - held, most - judging)
+    return range(chunks - held - fitting, chunks - held + judging)
+
+
 STAGE = "sensitivity"
 _DONE = "sensitivity/done.json"
 
 
-@dataclass(frozen=True)
-class Part:
-    """Text that is gone through at one time, and where what is found of it lies in the work folder.
-
-    ``seed``: of the labels that are drawn. Steps of progress: ``begun`` before it, ``total`` in all.
-    """
-
-    name: str
-    seed: int
-    begun: int
-    total: int
-
-    def file(self, name: str) -> str:
-        return f"{self.name}/{name}.safetensors"
-
-    def store(self, context: Context, name: str, ids: Tensor, dtype: torch.dtype) -> Hidden:
-        """Hidden states, or gradients, called ``name``, for tokens ``ids (n, T)``."""
-        shape = (*ids.shape, context.width)
-        return context.work.hidden(f"{self.name.replace('/', '-')}-{name}", shape, dtype, context.chunk)
-
-
-def _part_name(number: int) -> str:
-    return f"{STAGE}/{number}"
-
-
-def text_parts(sequences: int, length: int, chunk: int) -> list[slice]:
-    """``sequences`` of ``length`` tokens in parts of at most :data:`PART_TOKENS`, in whole chunks of ``chunk``."""
-    step = chunk * max(1, PART_TOKENS // (chunk * length))
-    return [slice(start, min(start + step, sequences)) for start in range(0, sequences, step)]
-
-
 def measure_sensitivity(context: Context, ids: Tensor) -> None:
-    """Backward pass over ``ids (n, T)``; leaves files of moments in the work folder, for every part of the text.
+    """Backward pass over :func:`seen_chunks` of ``ids (n, T)``; leaves a file of moments per block in the work folder.
 
     Forward through the blocks keeping each one's inputs on disk, labels sampled at the head, then back block by block.
     Every finished block is kept if the run is killed.
     """
     if context.work.has(_DONE):
         return
-    pieces = text_parts(ids.shape[0], ids.shape[1], context.chunk)
-    each = 2 * len(context.anatomy.blocks) + 2
-    total = each * len(pieces)
+    seen = seen_chunks(context, ids.shape[0], ids.shape[1])
+    ids = ids[seen.start * context.chunk : seen.stop * context.chunk]
+    blocks = len(context.anatomy.blocks)
+    total = 2 * blocks + 2
     stream = context.stream()
     try:
-        for number, piece in enumerate(pieces):
-            part = Part(_part_name(number), context.options.seed + 7_919 * number, number * each, total)
-            if not context.work.has(part.file("embedding")):
-                _measure_part(context, stream, part, ids[piece])
+        stores = forward_states(context, stream, STAGE, ids, total)
+        gradient = gradient_from_head(context, stream, STAGE, stores[blocks], ids)
+        for block in reversed(range(blocks)):
+            gradient = _back(context, stream, block, stores[block], gradient)
+            context.progress(STAGE, total - block - 1, total)
+        _embedding(context, stream, ids, gradient)
     finally:
         stream.close()
-    context.work.save(_DONE, {"tokens": ids.numel(), "parts": len(pieces)})
-    context.progress(STAGE, total, total)
-
-
-def _measure_part(context: Context, stream: BlockStream, part: Part, ids: Tensor) -> None:
-    """One part of the text, there and back."""
-    blocks = len(context.anatomy.blocks)
-    stores = forward_states(context, stream, part, ids)
-    gradient = gradient_from_head(context, stream, part, stores[blocks], ids)
-    for block in reversed(range(blocks)):
-        gradient = _back(context, stream, part, block, ids, gradient)
-        context.progress(STAGE, part.begun + 2 * blocks + 1 - block, part.total)
-    _embedding(context, stream, part, ids, gradient)
+    context.work.save(_DONE, {"tokens": ids.numel()})
     for store in (*stores, gradient):
         store.remove()
+    context.progress(STAGE, total, total)
 
 
 def load_moments(context: Context, block: int | None) -> OutputMoments:
     """The output-gradient moments of a block's layers (None: of head), as stored by :func:`measure_sensitivity`."""
     name = "head" if block is None else f"block-{block}"
-    done = context.work.load(_DONE)
-    total = OutputMoments(positions=done["tokens"])
-    for part in range(done["parts"]):
-        moments = OutputMoments()
-        for key, value in context.work.load_tensors(f"{_part_name(part)}/{name}.safetensors").items():
-            layer, copy = key.rsplit("#", 1)
-            if copy == "energy":
-                moments.energies[layer] = [value]
-                continue
-            moments.sums[layer, int(copy)] = value[:-1]
-            moments.tokens[layer, int(copy)] = int(value[-1])
-        total.add(moments)
-    return total
+    moments = OutputMoments(positions=context.work.load(_DONE)["tokens"])
+    for key, value in context.work.load_tensors(f"sensitivity/{name}.safetensors").items():
+        layer, copy = key.rsplit("#", 1)
+        if copy == "energy":
+            moments.energies[layer] = [value]
+            continue
+        moments.sums[layer, int(copy)] = value[:-1]
+        moments.tokens[layer, int(copy)] = int(value[-1])
+    return moments
 
 
-def layer_energies(moments: OutputMoments, shape: tuple[int, int], chunk: int) -> list[dict[str, Tensor]]:
-    """By chunk of ``chunk`` sequences and by layer, ``Σ_rows g²`` of every token, ``(tokens,)`` float32.
+def layer_energies(context: Context, moments: OutputMoments, sequences: int, length: int) -> list[dict[str, Tensor]]:
+    """By chunk of a text and by layer, ``Σ_rows g²`` of every token, ``(tokens,)`` float32; none where it was not seen.
 
-    ``shape``: sequences of the text, and tokens in each. Only of layers that every token goes through once: experts
-    have none.
+    Only of layers that every token goes through once: experts have none.
     """
-    sequences, length = shape
+    seen = seen_chunks(context, sequences, length)
+    edges = [
+        (at * context.chunk, min((at + 1) * context.chunk, sequences)) for at in range(-(-sequences // context.chunk))
+    ]
+    first, total = edges[seen.start][0], (edges[seen.stop - 1][1] - edges[seen.start][0]) * length
     whole = {name: torch.cat(pieces) for name, pieces in moments.energies.items()}
-    whole = {name: energy for name, energy in whole.items() if len(energy) == sequences * length and energy.any()}
-    edges = [(start, min(start + chunk, sequences)) for start in range(0, sequences, chunk)]
-    return [{name: one[start * length : stop * length] for name, one in whole.items()} for start, stop in edges]
-
-
-def input_energies(energies: Iterable[Mapping[str, Tensor]], layers: Iterable[Layer]) -> list[dict[str, Tensor]]:
-    """By chunk and input what :func:`layer_energies` gave, summed over the ``layers`` that read it."""
-    readers: dict[str, list[str]] = {}
-    for layer in layers:
-        readers.setdefault(layer.inputs, []).append(layer.name)
+    whole = {name: energy for name, energy in whole.items() if len(energy) == total and energy.any()}
     return [
-        {
-            inputs: torch.stack([found[name] for name in names]).sum(0)
-            for inputs, names in readers.items()
-            if all(name in found for name in names)
-        }
-        for found in energies
+        {name: energy[(start - first) * length : (stop - first) * length] for name, energy in whole.items()}
+        if chunk in seen
+        else {}
+        for chunk, (start, stop) in enumerate(edges)
     ]
 
 
-def load_embedding(context: Context) -> dict[str, Tensor]:
-    """Of the gradient at the embedding's rows, per token of text: ``moment (in,)`` and ``energies (vocabulary,)``."""
-    done = context.work.load(_DONE)
-    parts = [context.work.load_tensors(f"{_part_name(part)}/embedding.safetensors") for part in range(done["parts"])]
-    return {name: torch.stack([part[name] for part in parts]).sum(0) / done["tokens"] for name in parts[0]}
+def token_weights(
+    energies: Sequence[Mapping[str, Tensor]], tokens: Sequence[int], layers: Iterable[Layer]
+) -> list[dict[str, Tensor]]:
+    """By chunk and input how much each token counts where codes are solved, ``(tokens,)`` float32, 1 in the mean.
+
+    ``energies``: what :func:`layer_energies` gave for some chunks; ``tokens`` in each of them. Four fifths of
+    the weight are alike for all, one fifth goes by the energies of all ``layers`` that read the input: it is few tokens
+    that count for much more, so that it takes little text to know them, and the rest is all the text's. Inputs without
+    energies have no weights.
+    """
+    readers: dict[str, list[str]] = {}
+    for layer in layers:
+        readers.setdefault(layer.inputs, []).append(layer.name)
+    found: list[dict[str, Tensor]] = [{} for _ in energies]
+    for inputs, names in readers.items():
+        sums = {
+            chunk: torch.stack([one[name] for name in names]).sum(0)
+            for chunk, one in enumerate(energies)
+            if all(name in one for name in names)
+        }
+        total = sum(float(one.sum()) for one in sums.values())
+        for chunk, count in enumerate(tokens) if total > 0 else ():
+            found[chunk][inputs] = torch.full((count,), 1 - _GUIDED)
+            if chunk in sums:
+                found[chunk][inputs] += sums[chunk] * (_GUIDED * sum(tokens) / total)
+    return found
 
 
-def _save_moments(context: Context, part: Part, name: str, moments: OutputMoments) -> None:
+def _save_moments(context: Context, name: str, moments: OutputMoments) -> None:
     # The count rides behind the sums; both are float32, exact for counts below 2^24.
     tensors = {
         f"{layer}#{copy}": torch.cat([value, torch.tensor([float(moments.tokens[layer, copy])])])
         for (layer, copy), value in moments.sums.items()
     }
     tensors.update({f"{layer}#energy": torch.cat(pieces) for layer, pieces in moments.energies.items()})
-    context.work.save_tensors(part.file(name), tensors or {"none#0": torch.zeros(2)})
+    context.work.save_tensors(f"{name}.safetensors", tensors or {"none#0": torch.zeros(2)})
 
 
-def forward_states(context: Context, stream: BlockStream, part: Part, ids: Tensor) -> list[Hidden]:
-    """Inputs of every block, and of the head, on disk."""
+def _store(context: Context, folder: str, name: str, ids: Tensor, dtype: torch.dtype) -> Hidden:
+    """Hidden states or gradients for ``ids (n, T)``; ``folder``: whose pass they are of."""
+    return context.work.hidden(f"{folder}-{name}", (*ids.shape, context.width), dtype, context.chunk)
+
+
+def forward_states(context: Context, stream: BlockStream, folder: str, ids: Tensor, total: int) -> list[Hidden]:
+    """Inputs of every block, and of the head, on disk. ``folder``: of the work folder, for the pass they are of."""
     blocks = len(context.anatomy.blocks)
-    stores = [part.store(context, f"{k}", ids, context.dtype) for k in range(blocks + 1)]
+    stores = [_store(context, folder, f"{k}", ids, context.dtype) for k in range(blocks + 1)]
     if not stores[0].complete:
         with torch.no_grad():
             for chunk in range(stores[0].chunks):
@@ -172,7 +165,7 @@ def forward_states(context: Context, stream: BlockStream, part: Part, ids: Tenso
             advance(context, stream, module, block, stores[block], stores[block + 1])
         give_back()
         context.work.event(STAGE, "block done", block=block, way="forward")
-        context.progress(STAGE, part.begun + block + 1, part.total)
+        context.progress(STAGE, block + 1, total)
     return stores
 
 
@@ -195,11 +188,11 @@ def advance(
     after.finish()
 
 
-def gradient_from_head(context: Context, stream: BlockStream, part: Part, inputs: Hidden, ids: Tensor) -> Hidden:
-    """Gradients at what comes out of the last block, on disk; the head's own moments are kept."""
+def gradient_from_head(context: Context, stream: BlockStream, folder: str, inputs: Hidden, ids: Tensor) -> Hidden:
+    """Gradients at what comes out of the last block, on disk; the head's own moments are kept in ``folder``."""
     blocks = len(context.anatomy.blocks)
-    gradient = part.store(context, f"gradient-{blocks}", ids, torch.float32)
-    if context.work.has(part.file("head")):
+    gradient = _store(context, folder, f"gradient-{blocks}", ids, torch.float32)
+    if context.work.has(f"{folder}/head.safetensors"):
         return gradient
     layers = [layer for layer in context.anatomy.layers if layer.name == context.anatomy.head]
     with stream.head_module() as module:
@@ -209,12 +202,12 @@ def gradient_from_head(context: Context, stream: BlockStream, part: Part, inputs
             inputs.read,
             inputs.chunks,
             weights,
-            seed=part.seed,
+            seed=context.options.seed,
             workers=context.workers,
             keep=gradient.write,
         )
     gradient.finish()
-    _save_moments(context, part, "head", moments)
+    _save_moments(context, f"{folder}/head", moments)
     return gradient
 
 
@@ -223,10 +216,9 @@ def head_parameter(layer: Layer) -> str:
     return layer.tied[0] if layer.tied else layer.parameter
 
 
-def _back(context: Context, stream: BlockStream, part: Part, block: int, ids: Tensor, arriving: Hidden) -> Hidden:
-    inputs = part.store(context, f"{block}", ids, context.dtype)
-    leaving = part.store(context, f"gradient-{block}", ids, torch.float32)
-    if context.work.has(part.file(f"block-{block}")):
+def _back(context: Context, stream: BlockStream, block: int, inputs: Hidden, arriving: Hidden) -> Hidden:
+    leaving = context.work.hidden(f"sensitivity-gradient-{block}", inputs.shape, torch.float32, context.chunk)
+    if context.work.has(f"sensitivity/block-{block}.safetensors"):
         return leaving
     context.work.event(STAGE, "block begun", block=block, way="backward")
     with stream.block(block) as module:
@@ -240,14 +232,14 @@ def _back(context: Context, stream: BlockStream, part: Part, block: int, ids: Te
             keep=leaving.write,
         )
     leaving.finish()
-    _save_moments(context, part, f"block-{block}", moments)
+    _save_moments(context, f"{STAGE}/block-{block}", moments)
     give_back()
     context.work.event(STAGE, "block done", block=block, way="backward")
     arriving.remove()
     return leaving
 
 
-def _embedding(context: Context, stream: BlockStream, part: Part, ids: Tensor, gradient: Hidden) -> None:
+def _embedding(context: Context, stream: BlockStream, ids: Tensor, gradient: Hidden) -> None:
     """Second moment of the gradient at the embedding's own rows, before whatever the model makes of them."""
     layer = next((layer for layer in context.anatomy.layers if layer.name == context.anatomy.embedding), None)
     moment = torch.zeros(1 if layer is None else layer.shape[1], dtype=torch.float64)
@@ -265,5 +257,5 @@ def _embedding(context: Context, stream: BlockStream, part: Part, ids: Tensor, g
                 )
             moment += arriving.reshape(-1, arriving.shape[-1]).double().square().sum(0)
             energies += token_energies(here, arriving, layer.shape[0])
-    found = {"moment": moment.float(), "energies": energies.float()}
-    context.work.save_tensors(part.file("embedding"), found)
+    found = {"moment": (moment / ids.numel()).float(), "energies": (energies / ids.numel()).float()}
+    context.work.save_tensors("sensitivity/embedding.safetensors", found)

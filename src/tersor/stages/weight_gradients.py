@@ -9,10 +9,11 @@ from torch import Tensor
 
 from tersor.stages.context import Context, block_weights, oriented
 from tersor.stages.memory import give_back
-from tersor.stages.sensitivity import STAGE, Part, forward_states, gradient_from_head
+from tersor.stages.sensitivity import STAGE, forward_states, gradient_from_head
 from tersor.statistics.sensitivity import weight_energies
 
 _DONE = "gradients/done.json"
+_PASS = "weight-gradients"
 
 
 def measure_weight_gradients(context: Context, ids: Tensor) -> None:
@@ -25,11 +26,10 @@ def measure_weight_gradients(context: Context, ids: Tensor) -> None:
         return
     blocks = len(context.anatomy.blocks)
     total = 2 * blocks + 1
-    whole = Part("gradients/whole", context.options.seed, 0, total)
     stream = context.stream()
     try:
-        stores = forward_states(context, stream, whole, ids)
-        arriving = gradient_from_head(context, stream, whole, stores[blocks], ids)
+        stores = forward_states(context, stream, _PASS, ids, total)
+        arriving = gradient_from_head(context, stream, _PASS, stores[blocks], ids)
         for block in reversed(range(blocks)):
             leaving = context.work.hidden(f"gradients-{block}", stores[block].shape, torch.float32, context.chunk)
             if not context.work.has(f"gradients/{block}.safetensors"):

@@ -32,7 +32,7 @@ from tersor.solvers import Encoder, ErrorFeedback
 from tersor.stages.context import Context, block_weights
 from tersor.stages.finish import peak_resident_bytes
 from tersor.stages.memory import give_back
-from tersor.stages.sensitivity import input_energies, layer_energies, load_moments, measure_sensitivity
+from tersor.stages.sensitivity import layer_energies, load_moments, measure_sensitivity, token_weights
 from tersor.stages.text import Texts
 from tersor.stages.tune import BlockTuner, Piece
 from tersor.stages.verify import Pair, advance_states, compare_sequence
@@ -147,7 +147,7 @@ def _measure_guided(bench: Bench) -> None:
         with torch.no_grad():
             fit = _embedded(stream, ids, context.chunk)
             for block in range(blocks):
-                energies = layer_energies(load_moments(context, block), (ids.shape[0], ids.shape[1]), context.chunk)
+                energies = layer_energies(context, load_moments(context, block), ids.shape[0], ids.shape[1])
                 with stream.block(block) as module:
                     sums, fit = _block_sums(context, stream, module, block, fit, energies)
                 named = {f"{name}#{copy}": matrix for (name, copy), matrix in sums.matrices.items()}
@@ -177,7 +177,9 @@ def _block_sums(
         weights,
         workers=context.workers,
         keep=lambda _, output: after.append(output),
-        energies=None if energies is None else input_energies(energies, weights),
+        energies=None
+        if energies is None
+        else token_weights(energies, [one.shape[0] * one.shape[1] for one in states], weights),
     )
     return sums, after
 
