@@ -96,7 +96,8 @@ def layer_energies(context: Context, moments: OutputMoments, sequences: int, len
     ]
     first, total = edges[seen.start][0], (edges[seen.stop - 1][1] - edges[seen.start][0]) * length
     whole = {name: torch.cat(pieces) for name, pieces in moments.energies.items()}
-    whole = {name: energy for name, energy in whole.items() if len(energy) == total and energy.any()}
+    # Gradients beyond all bounds weigh nothing: what they come from is found, and named, where activations are summed.
+    whole = {name: one for name, one in whole.items() if len(one) == total and one.any() and torch.isfinite(one).all()}
     return [
         {name: energy[(start - first) * length : (stop - first) * length] for name, energy in whole.items()}
         if chunk in seen
