@@ -147,10 +147,10 @@ recipe(
     solver=ErrorFeedback,
     needs=("weights(int8:row,bin:row):0.05",),
     differs=(
-        "As many salient weights as fit beside the mask of 1 bit a weight: 3 % at 2.25 bits and 17 % at "
-        "3.25, 10 to 30 % in the paper. They are the same share of each row, chosen by H_jj w². Errors are fed back over both kinds at once, "
-        "column by column; no training. Up to 2 bits, where signs and mask alone do not fit, salient weights are "
-        "float16 with an index."
+        "As many salient weights as fit beside the mask of 1 bit a weight: 3 % at 2.25 bits and 17 % at 3.25, 10 to "
+        "30 % in the paper. They are the same share of each row, chosen by H_jj w². Errors are fed back over both "
+        "kinds at once, column by column; no training. Up to 2 bits, where signs and mask alone do not fit, salient "
+        "weights are float16 with an index."
     ),
     claims=(
         Claim("Beats rounding to nearest at equal bits.", "rtn", (2, 3)),
