@@ -111,6 +111,7 @@ class Comparison:
             self.model,
             output,
             plan=plan,
+            effort="fast",  # there is nothing to search for: it only says how much of the text gradients are taken of
             overwrite=True,
             restart=True,
             progress=clock,

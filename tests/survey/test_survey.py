@@ -167,6 +167,31 @@ def test_recipes_get_the_gradients_they_ask_for(run: Callable[..., Survey], tmp_
     assert first.kl != second.kl
 
 
+GUIDED = """
+from tersor.recipes import Paper, recipe
+from tersor.solvers import ErrorFeedback
+
+for name in ("alike", "guided"):
+    recipe(
+        name=name, paper=Paper("none"), summary="Test.", codec=lambda bits, shape: "int3:row", solver=ErrorFeedback,
+        guided=name == "guided", differs="Test.",
+    )
+"""
+
+
+def test_guided_recipes_get_weighted_matrices_and_are_judged_with_plain_ones(
+    run: Callable[..., Survey], tmp_path: Path
+):
+    """Codes differ; errors are told of the same inputs, and hardly differ on a model whose tokens are all alike."""
+    (tmp_path / "guided.py").write_text(GUIDED)
+    found = run(bits=(6,), recipes=(str(tmp_path / "guided.py"),), processes=2)
+    outcomes = {one.recipe: one for one in found.outcomes}
+    assert {one.status for one in outcomes.values()} == {"measured"}
+    assert outcomes["alike"].kl != outcomes["guided"].kl
+    assert outcomes["guided"].output_error == pytest.approx(outcomes["alike"].output_error, rel=0.05)
+    assert outcomes["guided"].output_error != outcomes["alike"].output_error
+
+
 def test_a_page_of_documentation_for_each_recipe(run: Callable[..., Survey], tmp_path: Path):
     run(docs=tmp_path / "docs")
     page = (tmp_path / "docs" / "quantease.md").read_text()
@@ -174,6 +199,9 @@ def test_a_page_of_documentation_for_each_recipe(run: Callable[..., Survey], tmp
     assert re.search(r"\| No worse than GPTQ on the same grid\. \| 3 \| gptq \|.*(holds|fails|undecided) \|", page)
     assert "a row in the paper" in page
     assert (tmp_path / "docs" / "awq.md").exists()
+    index = (tmp_path / "docs" / "index.md").read_text()
+    assert "| [quantease](quantease.md) | Coordinate descent" in index
+    assert index.count("](") == len(list((tmp_path / "docs").iterdir())) - 1
 
 
 def test_the_command(small: Path, words: Path, tmp_path: Path):

@@ -96,6 +96,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.name or not all(letter.isalnum() or letter in "-." for letter in self.name):
             raise BadInput(f"A recipe cannot be called {self.name!r}; use letters, digits, - and '.'.")
+        if self.name == "index":
+            raise BadInput("A recipe cannot be called 'index': that is the page that lists all; choose another name.")
         if self.prepare is not None and not self.calibrated:
             raise BadInput(f"Recipe {self.name} prepares weights with a Gram matrix, so it must be calibrated.")
         if (self.gradients or self.guided) and not self.calibrated:

@@ -50,6 +50,18 @@ def _claim(one: Verdict) -> str:
     return f"| {one.claim.sentence} | {one.bits:g} | {against} | {found} | {one.claim.ratio:g} | {one.word} |"
 
 
+def index_page(recipes: Mapping[str, Recipe], verdicts: Sequence[Verdict], setting: Mapping[str, str]) -> str:
+    """The page that leads to all others, as Markdown: what each recipe is, and how its claims fared."""
+    lines = ["# Recipes", "", *(f"- {name}: {value}" for name, value in setting.items()), ""]
+    lines += ["| recipe | what it does | paper | claims that hold, fail, are undecided |", "|---|---|---|---|"]
+    for name, recipe in sorted(recipes.items()):
+        words = [one.word for one in verdicts if one.recipe == name]
+        counts = ", ".join(str(words.count(word)) for word in ("holds", "fails", "undecided")) if words else ""
+        paper = recipe.paper.title + (f", arXiv:{recipe.paper.arxiv}" if recipe.paper.arxiv else "")
+        lines.append(f"| [{name}]({name}.md) | {recipe.summary} | {paper} | {counts} |")
+    return "\n".join([*lines, "", "Written by `tersor survey --docs`.", ""])
+
+
 def write_manual(
     folder: Path,
     recipes: Mapping[str, Recipe],
@@ -57,12 +69,14 @@ def write_manual(
     verdicts: Sequence[Verdict],
     setting: Mapping[str, str],
 ) -> None:
-    """``<folder>/<name>.md`` for every recipe. Raises BadInput when it cannot be written."""
+    """``<folder>/<name>.md`` for every recipe, and ``index.md``. Raises BadInput when they cannot be written."""
+    pages = {name: recipe_page(recipe, outcomes, verdicts, setting) for name, recipe in recipes.items()}
+    pages["index"] = index_page(recipes, verdicts, setting)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, recipe in recipes.items():
+        for name, page in pages.items():
             partial = folder / f"{name}.md.partial"
-            partial.write_text(recipe_page(recipe, outcomes, verdicts, setting), encoding="utf-8")
+            partial.write_text(page, encoding="utf-8")
             os.replace(partial, folder / f"{name}.md")
     except OSError as error:
         raise BadInput(f"The pages cannot be written to {folder}: {error.strerror}; give another --docs.") from error
