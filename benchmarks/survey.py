@@ -12,14 +12,13 @@ import argparse
 import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from tersor import api
-from tersor.recipes import Recipe, recipes
 from tersor.survey.records import Outcome
 from tersor.survey.run import DATABASE
-from tersor.survey.verdicts import Verdict, verdicts
+from tersor.survey.verdicts import Verdict
 
 RESULTS = Path(__file__).parent / "results"
 KEPT = RESULTS / "survey.sqlite"
@@ -67,9 +66,8 @@ def claims(found: Sequence[Verdict], word: str) -> list[str]:
     return lines
 
 
-def page(known: Mapping[str, Recipe], outcomes: Sequence[Outcome], text: str) -> str:
+def page(outcomes: Sequence[Outcome], judged: Sequence[Verdict], text: str) -> str:
     """``survey.md``. ``text``: what was calibrated on and measured with."""
-    judged = verdicts(known, outcomes)
     counts = Counter(one.word for one in judged)
     tested = sum(counts[word] for word in ("holds", "fails", "undecided"))
     waiting = [f"{one.recipe} at {one.bits:g} bits ({one.why})" for one in judged if one.word == "untested"]
@@ -111,7 +109,7 @@ def main() -> None:
         given.work.mkdir(parents=True, exist_ok=True)
         shutil.copy(KEPT, database)
     names = given.recipes.split(",") if given.recipes else None
-    # The second rate's pages have the first's results too, and the last run writes those of all.
+    # Results of all runs lie in one database, so that the last run writes the pages of all.
     runs = [(bits, [name for name in found if names is None or name in names]) for bits, found in ELSEWHERE.items()]
     for rates, wanted in [*(((bits,), found) for bits, found in runs if found), (BITS, names)]:
         surveyed = api.survey(
@@ -125,7 +123,7 @@ def main() -> None:
         )
         shutil.copy(database, KEPT)
     text = "\n".join(f"- {name}: {value}" for name, value in surveyed.setting.items() if name != "Model")
-    (RESULTS / "survey.md").write_text(page(recipes(), surveyed.outcomes, text))
+    (RESULTS / "survey.md").write_text(page(surveyed.outcomes, surveyed.verdicts, text))
     print((RESULTS / "survey.md").read_text())
 
 

@@ -337,9 +337,10 @@ def _keep_digests(work: Work, texts: Texts) -> None:
 def _measure(context: Context, texts: Texts, given: Plan | None) -> tuple[str, ...]:
     """Sensitivities, Gram matrices and, where no plan is ``given``, rate–distortion points; gives notes to show."""
     ids = texts.calibration.ids
-    if context.options.sensitivity == "fisher":
+    curves = given is None or not _kept_outside(context.anatomy, given)
+    if context.options.guided or (curves and context.options.sensitivity == "fisher"):
         measure_sensitivity(context, ids)
-    if given is None or not _kept_outside(context.anatomy, given):
+    if curves:
         curve_stage.measure_curves(context, ids, points=given is None)
     if given is not None:
         return ()

@@ -16,7 +16,7 @@ from tersor.codecs import parse
 from tersor.codecs.packing import pack, unpack
 from tersor.contracts import Layer
 from tersor.pipeline import light_context
-from tersor.stages import encode
+from tersor.stages import encode, sensitivity
 from tersor.stages.allocate import artifact_layout
 from tersor.stages.context import Context, block_weights
 from tersor.stages.encode import _errors
@@ -57,9 +57,10 @@ def steep(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     energy = torch.exp(3 * torch.randn(96, generator=torch.Generator().manual_seed(1)))
 
     def moments(context: Context, block: int | None) -> OutputMoments:
-        return OutputMoments(energies={layer.name: [energy] for layer in context.anatomy.layers_of(block)})
+        energies = {layer.name: [energy] for layer in context.anatomy.layers_of(block)}
+        return OutputMoments(energies=energies, positions=96)
 
-    monkeypatch.setattr(encode, "load_moments", moments)
+    monkeypatch.setattr(sensitivity, "load_moments", moments)
     return list(energy.split(32))
 
 
@@ -69,18 +70,18 @@ def test_codes_are_solved_for_what_each_token_is_worth(
     """In the first block the weighted error is less than with all tokens alike; the unweighted one is not."""
     ids = torch.randint(3, 100, (6, 16), generator=torch.Generator().manual_seed(3))
     decoded: dict[str, dict[Layer, Tensor]] = {}
-    for sensitivity in ("fisher", "flat"):
-        options = Options(Budget("bpw", 4.0), dtype="float32", workers=1, sensitivity=sensitivity)  # type: ignore[arg-type]
+    for way in ("fisher", "flat"):
+        options = Options(Budget("bpw", 4.0), dtype="float32", workers=1, sensitivity=way)  # type: ignore[arg-type]
         context = replace(light_context(tiny("llama"), options, cache_dir=tmp_path), chunk=2)
-        context = replace(context, work=Work(tmp_path / f"{sensitivity}.partial"))
+        context = replace(context, work=Work(tmp_path / f"{way}.partial"))
         context.work.begin({})
-        if sensitivity == "fisher":
+        if way == "fisher":
             measure_sensitivity(context, ids)
         codecs = {layer.name: parse("bf16" if layer.block is None else "int3:row") for layer in context.anatomy.layers}
         layers = context.anatomy.layers_of(0)
-        with ArtifactWriter(tmp_path / sensitivity, artifact_layout(context.anatomy, codecs), {}) as writer:
+        with ArtifactWriter(tmp_path / way, artifact_layout(context.anatomy, codecs), {}) as writer:
             encode.encode_model(context, codecs, writer, ids)
-            decoded[sensitivity] = {
+            decoded[way] = {
                 layer: encode._written_weight(context, layer, codecs[layer.name], writer) for layer in layers
             }
             writer.finish()
@@ -89,10 +90,10 @@ def test_codes_are_solved_for_what_each_token_is_worth(
         hidden = [stream.embed(piece) for piece in ids.split(2)]
         weights = block_weights(context, module, 0)
 
-        def total(energies: list[Tensor], sensitivity: str) -> float:
+        def total(energies: list[Tensor], way: str) -> float:
             named = [{layer.name: energy for layer in weights} for energy in energies]
             grams = collect_guided_grams(lambda at: stream.run(module, 0, hidden[at]), weights, named, workers=1)
-            errors = {layer: weights[layer] - decoded[sensitivity][layer] for layer in weights}
+            errors = {layer: weights[layer] - decoded[way][layer] for layer in weights}
             return sum(float(((e @ grams[layer.name].matrix) * e).sum()) for layer, e in errors.items())
 
         assert total(steep, "fisher") < 0.9 * total(steep, "flat")

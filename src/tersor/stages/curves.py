@@ -21,6 +21,7 @@ from tersor.stages.context import Context, Record, block_weights, oriented
 from tersor.stages.memory import give_back
 from tersor.stages.sensitivity import (
     advance,
+    chunk_tokens,
     head_parameter,
     layer_energies,
     load_moments,
@@ -138,6 +139,10 @@ def _block_statistics(
         return stream.run(module, block, before.read(chunk))
 
     roundings = engine_roundings(context, weights)
+    fitting = None
+    if context.options.guided:
+        tokens = chunk_tokens(context, *before.shape[:2])
+        fitting = token_weights(energies[:fit_chunks], tokens[:fit_chunks], weights)
     fit = collect_grams(
         forward,
         fit_chunks,
@@ -145,7 +150,7 @@ def _block_statistics(
         workers=context.workers,
         keep=after.write,
         roundings=roundings,
-        energies=token_weights(energies[:fit_chunks], [before.tokens(chunk) for chunk in range(fit_chunks)], weights),
+        energies=fitting,
     )
     guided = frozenset(energies[judging[0]] if judging else ())
     held = collect_grams(

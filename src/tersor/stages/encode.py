@@ -23,7 +23,7 @@ from tersor.solvers import Encoder, chunk_of
 from tersor.stages.context import Context, as_parameter, block_weights, oriented, row_pieces
 from tersor.stages.curves import OUTSIDE, outside_objectives
 from tersor.stages.memory import give_back
-from tersor.stages.sensitivity import advance, layer_energies, load_moments, token_weights
+from tersor.stages.sensitivity import advance, text_weights
 from tersor.stages.tune import BlockTuner, Piece
 from tersor.stages.weights import is_finite
 from tersor.stages.work import Hidden
@@ -155,7 +155,7 @@ def _encode_block(
                 weights,
                 workers=context.workers,
                 keep=keep,
-                energies=_energies(context, block, before, weights),
+                energies=text_weights(context, block, weights, *ids.shape) if context.options.guided else None,
             )
             if context.options.tuned and open_layers:
                 # Layers are tuned together, so those that an interrupted run had written are encoded once more.
@@ -178,16 +178,6 @@ def _encode_block(
     context.work.event(STAGE, "block done", block=block)
     before.remove()
     context.work.remove(f"reference-{block}.safetensors")
-
-
-def _energies(
-    context: Context, block: int, hidden: Hidden, layers: Iterable[Layer]
-) -> Sequence[Mapping[str, Tensor]] | None:
-    """How much each token counts where codes are solved: the original model's gradients say it, if they were asked."""
-    if context.options.sensitivity != "fisher" or context.options.solver == "nearest":
-        return None
-    energies = layer_energies(context, load_moments(context, block), *hidden.shape[:2])
-    return token_weights(energies, [hidden.tokens(chunk) for chunk in range(hidden.chunks)], layers)
 
 
 def _replace_weights(

@@ -14,7 +14,7 @@ import torch
 from tersor.contracts import Anatomy, Layer
 from tersor.errors import BadInput
 from tersor.stages.options import LEAST_TRELLIS, Options, searches
-from tersor.stages.sensitivity import SEEN_TOKENS
+from tersor.stages.sensitivity import most_chunks
 
 _REPORT_BYTES = 3_000_000
 """Most of it is the library that draws the charts; the rest leaves room for a tokenizer."""
@@ -170,8 +170,10 @@ def disk_bytes(anatomy: Anatomy, options: Options, file_bytes: int) -> int:
 
 def _seen(options: Options) -> int:
     """Tokens that the backward pass sees."""
-    most = max(SEEN_TOKENS[options.effort], 2 * chunk_sequences(options.length) * options.length)
-    return min(options.sequences * options.length, most) if options.sensitivity == "fisher" else 0
+    if options.sensitivity != "fisher":
+        return 0
+    chunk = chunk_sequences(options.length) * options.length
+    return min(options.sequences * options.length, most_chunks(options.effort, chunk) * chunk)
 
 
 def check_disk(partial: Path, needed: int) -> None:

@@ -189,6 +189,11 @@ class Options:
         """Whether blocks are tuned after they are encoded."""
         return self.effort == "best" if self.tune is None else self.tune
 
+    @property
+    def guided(self) -> bool:
+        """Whether tokens count by the loss's gradients where codes are solved; nearest rounding goes by no text."""
+        return self.sensitivity == "fisher" and self.solver != "nearest"
+
     def identity(self) -> dict[str, Any]:
         """What an interrupted run must share with the command that continues it."""
         plain = asdict(self)

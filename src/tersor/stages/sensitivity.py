@@ -25,6 +25,11 @@ _GUIDED = 0.2
 """Share of a Gram matrix in which tokens count by their gradients; docs/LOG.md ("Token weights") has others."""
 
 
+def most_chunks(effort: EffortName, tokens: int) -> int:
+    """How many chunks of ``tokens`` tokens the backward pass sees at most: two at the least, to fit and to judge."""
+    return max(SEEN_TOKENS[effort] // tokens, 2)
+
+
 def seen_chunks(context: Context, sequences: int, length: int) -> range:
     """Which chunks of a text of ``sequences`` of ``length`` tokens the backward pass sees.
 
@@ -33,7 +38,7 @@ def seen_chunks(context: Context, sequences: int, length: int) -> range:
     """
     chunks = -(-sequences // context.chunk)
     held = context.held_out(sequences)
-    most = max(SEEN_TOKENS[context.options.effort] // (context.chunk * length), 2)
+    most = most_chunks(context.options.effort, context.chunk * length)
     judging = min(held, max(most // 2, most - (chunks - held)))
     fitting = min(chunks - held, most - judging)
     return range(chunks - held - fitting, chunks - held + judging)
@@ -91,19 +96,30 @@ def layer_energies(context: Context, moments: OutputMoments, sequences: int, len
     Only of layers that every token goes through once: experts have none.
     """
     seen = seen_chunks(context, sequences, length)
-    edges = [
-        (at * context.chunk, min((at + 1) * context.chunk, sequences)) for at in range(-(-sequences // context.chunk))
-    ]
-    first, total = edges[seen.start][0], (edges[seen.stop - 1][1] - edges[seen.start][0]) * length
     whole = {name: torch.cat(pieces) for name, pieces in moments.energies.items()}
     # Gradients beyond all bounds weigh nothing: what they come from is found, and named, where activations are summed.
-    whole = {name: one for name, one in whole.items() if len(one) == total and one.any() and torch.isfinite(one).all()}
+    pieces = {
+        name: energy.split(context.chunk * length)  # type: ignore[no-untyped-call]
+        for name, energy in whole.items()
+        if len(energy) == moments.positions and energy.any() and torch.isfinite(energy).all()
+    }
     return [
-        {name: energy[(start - first) * length : (stop - first) * length] for name, energy in whole.items()}
-        if chunk in seen
-        else {}
-        for chunk, (start, stop) in enumerate(edges)
+        {name: found[chunk - seen.start] for name, found in pieces.items()} if chunk in seen else {}
+        for chunk in range(-(-sequences // context.chunk))
     ]
+
+
+def chunk_tokens(context: Context, sequences: int, length: int) -> list[int]:
+    """How many tokens each chunk of a text has."""
+    return [min(context.chunk, sequences - at) * length for at in range(0, sequences, context.chunk)]
+
+
+def text_weights(
+    context: Context, block: int, layers: Iterable[Layer], sequences: int, length: int
+) -> list[dict[str, Tensor]]:
+    """:func:`token_weights` of a whole text for a block's ``layers``, from what :func:`measure_sensitivity` left."""
+    energies = layer_energies(context, load_moments(context, block), sequences, length)
+    return token_weights(energies, chunk_tokens(context, sequences, length), layers)
 
 
 def token_weights(

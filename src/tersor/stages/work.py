@@ -117,10 +117,6 @@ class Hidden:
     def sequences(self, chunk: int) -> slice:
         return slice(chunk * self.chunk, min((chunk + 1) * self.chunk, self.shape[0]))
 
-    def tokens(self, chunk: int) -> int:
-        here = self.sequences(chunk)
-        return int(here.stop - here.start) * self.shape[1]
-
     def write(self, chunk: int, hidden: Tensor) -> None:
         """Append chunk number ``chunk``; chunks come in order."""
         raw = hidden.detach().to(self.dtype).contiguous().view(torch.uint8).numpy()

@@ -32,7 +32,7 @@ from tersor.solvers import Encoder, ErrorFeedback
 from tersor.stages.context import Context, block_weights
 from tersor.stages.finish import peak_resident_bytes
 from tersor.stages.memory import give_back
-from tersor.stages.sensitivity import layer_energies, load_moments, measure_sensitivity, token_weights
+from tersor.stages.sensitivity import measure_sensitivity, text_weights
 from tersor.stages.text import Texts
 from tersor.stages.tune import BlockTuner, Piece
 from tersor.stages.verify import Pair, advance_states, compare_sequence
@@ -65,12 +65,16 @@ _OF_RECIPES = (
 
 @dataclass(frozen=True)
 class Bench:
-    """A model, its texts, and the folder with what recipes share. ``key``: digest of all that results depend on."""
+    """A model and its texts. ``key``: digest of all that results depend on."""
 
     context: Context
     texts: Texts
-    work: Work
     key: str
+
+    @property
+    def work(self) -> Work:
+        """The folder with what recipes share."""
+        return self.context.work
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -90,7 +94,8 @@ def open_bench(context: Context, texts: Texts, folder: Path) -> Bench:
         "dtype": str(context.dtype),
     }
     key = hashlib.sha256(json.dumps(setting).encode()).hexdigest()[:16]
-    return Bench(context, texts, Work(folder / f"{context.source.fingerprint()[:16]}-{key}"), key)
+    work = Work(folder / f"{context.source.fingerprint()[:16]}-{key}")
+    return Bench(replace(context, work=work), texts, key)
 
 
 def shared_measured(bench: Bench) -> bool:
@@ -115,9 +120,8 @@ def measure_shared(bench: Bench) -> None:
                 with stream.block(block) as module:
                     sums, fit = _block_sums(context, stream, module, block, fit)
                     held = advance_states(stream, module, block, held, context.workers)
-                named = {f"{name}#{copy}": matrix for (name, copy), matrix in sums.matrices.items()}
                 tokens.update({f"{name}#{copy}": count for (name, copy), count in sums.tokens.items()})
-                work.save_tensors(f"gram-{block}.safetensors", named)
+                _save_grams(work, _file(block), sums)
                 give_back()
                 context.progress(_STAGE, block + 1, blocks)
         work.save_tensors("end.safetensors", {"states": torch.cat(held)})
@@ -129,14 +133,14 @@ def measure_shared(bench: Bench) -> None:
 def measure_gradients(bench: Bench, recipes: Sequence[Recipe]) -> None:
     """What ``recipes`` ask of the loss's gradients, unless it is there already: by every weight, or by token."""
     if any(recipe.gradients for recipe in recipes):
-        measure_weight_gradients(replace(bench.context, work=bench.work), bench.texts.calibration.ids)
+        measure_weight_gradients(bench.context, bench.texts.calibration.ids)
     if any(recipe.guided for recipe in recipes):
         _measure_guided(bench)
 
 
 def _measure_guided(bench: Bench) -> None:
     """Gram matrices in which tokens count by the gradients at the outputs of what reads them."""
-    context, work = replace(bench.context, work=bench.work), bench.work
+    context, work = bench.context, bench.work
     if work.has(_GUIDED):
         return
     ids = bench.texts.calibration.ids
@@ -147,11 +151,11 @@ def _measure_guided(bench: Bench) -> None:
         with torch.no_grad():
             fit = _embedded(stream, ids, context.chunk)
             for block in range(blocks):
-                energies = layer_energies(context, load_moments(context, block), ids.shape[0], ids.shape[1])
                 with stream.block(block) as module:
-                    sums, fit = _block_sums(context, stream, module, block, fit, energies)
-                named = {f"{name}#{copy}": matrix for (name, copy), matrix in sums.matrices.items()}
-                work.save_tensors(f"guided-{block}.safetensors", named)
+                    layers = block_weights(context, module, block)
+                    weights = text_weights(context, block, layers, ids.shape[0], ids.shape[1])
+                    sums, fit = _block_sums(context, stream, module, block, fit, weights)
+                _save_grams(work, _file(block, guided=True), sums)
                 give_back()
                 context.progress(_STAGE, block + 1, blocks)
     finally:
@@ -165,29 +169,33 @@ def _block_sums(
     module: nn.Module,
     block: int,
     states: list[Tensor],
-    energies: Sequence[Mapping[str, Tensor]] | None = None,
+    weights: Sequence[Mapping[str, Tensor]] | None = None,
 ) -> tuple[Grams, list[Tensor]]:
-    """Gram matrices of a block's inputs, and its outputs. ``energies``: by chunk and layer, of tokens that are to count
-    by them."""
+    """Gram matrices of a block's inputs, and its outputs. ``weights``: by chunk and input, of tokens; default alike."""
     after: list[Tensor] = []
-    weights = block_weights(context, module, block)
     sums = collect_grams(
         partial(_step, stream, module, block, states),
         len(states),
-        weights,
+        block_weights(context, module, block),
         workers=context.workers,
         keep=lambda _, output: after.append(output),
-        energies=None
-        if energies is None
-        else token_weights(energies, [one.shape[0] * one.shape[1] for one in states], weights),
+        energies=weights,
     )
     return sums, after
 
 
+def _file(block: int, *, guided: bool = False) -> str:
+    return f"{'guided' if guided else 'gram'}-{block}.safetensors"
+
+
+def _save_grams(work: Work, name: str, sums: Grams) -> None:
+    work.save_tensors(name, {f"{inputs}#{copy}": matrix for (inputs, copy), matrix in sums.matrices.items()})
+
+
 def block_grams(bench: Bench, block: int, *, guided: bool = False) -> dict[str, Gram]:
-    """The Gram matrices of a block's inputs, by ``<inputs>#<copy>``; ``guided``: those of :func:`measure_guided`."""
+    """The Gram matrices of a block's inputs, by ``<inputs>#<copy>``; ``guided``: those weighted by gradients."""
     tokens = bench.work.load(_DONE)["tokens"]
-    matrices = bench.work.load_tensors(f"{'guided' if guided else 'gram'}-{block}.safetensors")
+    matrices = bench.work.load_tensors(_file(block, guided=guided))
     return {name: Gram(matrix, tokens[name]) for name, matrix in matrices.items()}
 
 
@@ -312,7 +320,7 @@ def _measure(
             for block in range(len(context.anatomy.blocks)):
                 plain = block_grams(bench, block)
                 ready = block_grams(bench, block, guided=True) if recipe.guided else plain
-                steep = load_weight_gradients(replace(context, work=bench.work), block) if recipe.gradients else {}
+                steep = load_weight_gradients(context, block) if recipe.gradients else {}
                 with stream.block(block) as module:
                     weights = block_weights(context, module, block)
                     pieces: list[Piece] = []

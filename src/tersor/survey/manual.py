@@ -17,8 +17,15 @@ def recipe_page(
     recipe: Recipe, outcomes: Sequence[Outcome], verdicts: Sequence[Verdict], setting: Mapping[str, str]
 ) -> str:
     """The page of one recipe as Markdown. ``setting``: what the figures were measured on."""
-    paper = recipe.paper.title + (f", arXiv:{recipe.paper.arxiv}" if recipe.paper.arxiv else "")
-    lines = [f"# {recipe.name}", "", recipe.summary, "", f"Paper: {paper}.", "", f"How ours differs: {recipe.differs}"]
+    lines = [
+        f"# {recipe.name}",
+        "",
+        recipe.summary,
+        "",
+        f"Paper: {_cited(recipe)}.",
+        "",
+        f"How ours differs: {recipe.differs}",
+    ]
     own = sorted((one for one in outcomes if one.recipe == recipe.name), key=lambda one: one.bits)
     if own:
         lines += ["", "## Measured", "", *(f"- {name}: {value}" for name, value in setting.items()), ""]
@@ -50,6 +57,10 @@ def _claim(one: Verdict) -> str:
     return f"| {one.claim.sentence} | {one.bits:g} | {against} | {found} | {one.claim.ratio:g} | {one.word} |"
 
 
+def _cited(recipe: Recipe) -> str:
+    return recipe.paper.title + (f", arXiv:{recipe.paper.arxiv}" if recipe.paper.arxiv else "")
+
+
 def index_page(recipes: Mapping[str, Recipe], verdicts: Sequence[Verdict], setting: Mapping[str, str]) -> str:
     """The page that leads to all others, as Markdown: what each recipe is, and how its claims fared."""
     lines = ["# Recipes", "", *(f"- {name}: {value}" for name, value in setting.items()), ""]
@@ -57,8 +68,7 @@ def index_page(recipes: Mapping[str, Recipe], verdicts: Sequence[Verdict], setti
     for name, recipe in sorted(recipes.items()):
         words = [one.word for one in verdicts if one.recipe == name]
         counts = ", ".join(str(words.count(word)) for word in ("holds", "fails", "undecided")) if words else ""
-        paper = recipe.paper.title + (f", arXiv:{recipe.paper.arxiv}" if recipe.paper.arxiv else "")
-        lines.append(f"| [{name}]({name}.md) | {recipe.summary} | {paper} | {counts} |")
+        lines.append(f"| [{name}]({name}.md) | {recipe.summary} | {_cited(recipe)} | {counts} |")
     return "\n".join([*lines, "", "Written by `tersor survey --docs`.", ""])
 
 

@@ -128,7 +128,7 @@ def _open(request: Request, progress: Progress) -> Bench:
         progress=progress,
     )
     bench = open_bench(context, texts, request.output / "work")
-    check_finite(replace(context, work=bench.work))
+    check_finite(bench.context)
     return bench
 
 
