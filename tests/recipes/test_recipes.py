@@ -117,16 +117,6 @@ def test_awq_scales_are_undone_exactly_and_help():
     assert errors[0] < errors[1]
 
 
-def test_finequant_coarsens_even_rows_alone():
-    one = ALL["finequant"]
-    assert one.refine is not None
-    codec = one.codec_for(4.5, (64, 256))
-    even = torch.ones(64, 256)
-    assert str(one.refine(even, codec)).endswith(":row")
-    uneven = even * torch.logspace(-3, 0, 256)
-    assert one.refine(uneven, codec) == codec
-
-
 def test_partial_binarization_takes_all_salient_weights_that_fit():
     one, shape = ALL["pb-llm"], (576, 1536)
     codec = one.codec_for(2.25, shape)

@@ -95,6 +95,16 @@ def test_rounding_gains_much_on_a_coarse_grid() -> None:
     assert tuned.after < 0.7 * tuned.before
 
 
+@pytest.mark.parametrize("text", ["int2:g32", "lut2:row"])
+def test_gradients_in_bfloat16_tune_as_well(text: str) -> None:
+    block = Block(text, Nearest())
+    exact, mixed = (block.tuned(BlockTuning(steps=40, batch=512, rate=0.02, mixed=on)) for on in (False, True))
+    assert exact.outputs.dtype == mixed.outputs.dtype == torch.float32
+    assert mixed.before == exact.before
+    assert mixed.after != exact.after
+    assert mixed.before - mixed.after > 0.95 * (exact.before - exact.after)
+
+
 def test_steps_that_only_harm_are_thrown_away() -> None:
     block = Block("int3:g32", ErrorFeedback())
     tuned = block.tuned(BlockTuning(steps=3, batch=1, rate=5.0))

@@ -234,6 +234,13 @@ recipe(name="tuned", paper=Paper("x"), summary="x", codec=lambda bits, shape: "i
 recipe(name="plain", paper=Paper("x"), summary="x", codec=lambda bits, shape: "int2:row", solver=Nearest, differs="x")
 recipe(name="planned", paper=Paper("x"), summary="x", codec=lambda bits, shape: "int2:row", solver=gptq, differs="x",
        plan=planned)
+
+def by_weight(bits, shapes, loss):
+    assert all(loss(name, "int2:row") == 2.0 for name in shapes)
+    return {name: "int2:row" for name in shapes}
+
+recipe(name="by-weight", paper=Paper("x"), summary="x", codec=lambda bits, shape: "int2:row", solver=Nearest,
+       differs="x", plan=by_weight, plan_loss=lambda weight, codec: float(codec.bits_per_code * (weight.ndim == 2)))
 """
 
 
@@ -252,6 +259,7 @@ def test_recipes_that_tune_blocks_and_plan_over_layers(run: Callable[..., Survey
     assert by["planned", 3.5].status == "measured", by["planned", 3.5].error
     assert plain.nbytes < by["planned", 3.5].nbytes
     assert by["planned", 3.5].output_error < by["plain", 3.5].output_error
+    assert by["by-weight", 2].kl == plain.kl
     for database in tmp_path.glob("out/*.sqlite"):
         database.unlink()
     again = run(recipes=(str(file),), bits=(2,), dtype="float32", workers=2)

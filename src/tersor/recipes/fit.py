@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
+from tersor.allocators import Exact
 from tersor.codecs import parse
-from tersor.contracts import Shape
+from tersor.contracts import RatePoint, Shape
+from tersor.errors import Infeasible
 from tersor.recipes.recipe import NothingFits
 
 
@@ -63,6 +65,21 @@ def largest(text: Callable[[int], str], top: int, bits: float, shape: Shape) -> 
         else:
             high = middle - 1
     return text(low) if low else None
+
+
+def least_loss(
+    texts: Mapping[str, Iterable[str]], bits: float, shapes: Mapping[str, Shape], loss: Callable[[str, str], float]
+) -> dict[str, str]:
+    """One of the ``texts`` for each layer with the least sum of losses, at most ``bits`` per weight in all."""
+    curves = {}
+    for name, choices in texts.items():
+        sizes = {text: -(-parse(text).bits(shapes[name]) // 8) for text in choices}
+        curves[name] = [RatePoint(size, loss(name, text), text) for text, size in sizes.items()]
+    try:
+        found = Exact().allocate(curves, int(bits * sum(rows * columns for rows, columns in shapes.values()) / 8))
+    except Infeasible as error:
+        raise NothingFits(str(error)) from error
+    return {name: point.choice for name, point in found.items()}
 
 
 def with_outliers(

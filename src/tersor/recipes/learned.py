@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from tersor.allocators import Exact
-from tersor.codecs import parse
-from tersor.contracts import RatePoint, Shape
-from tersor.errors import Infeasible
+from tersor.contracts import Shape
 from tersor.recipes.baselines import gptq, uniform
-from tersor.recipes.recipe import Claim, NothingFits, Paper
+from tersor.recipes.fit import least_loss
+from tersor.recipes.recipe import Claim, Paper
 from tersor.recipes.registry import recipe
 from tersor.recipes.scalar import best_float, small_float
 from tersor.recipes.vectors import trellis
@@ -23,16 +21,11 @@ _SIDE = 0.25
 
 def integer_programme(bits: float, shapes: Mapping[str, Shape], loss: Callable[[str, str], float]) -> dict[str, str]:
     """Integers of 2 to 5 bits for each layer with the least sum of losses, at most ``bits`` per weight in all."""
-    curves = {}
-    for name, shape in shapes.items():
-        forms = {uniform(width + _SIDE, shape) for width in _WIDTHS} | {f"int{width}:row" for width in _WIDTHS}
-        sizes = {text: -(-parse(text).bits(shape) // 8) for text in sorted(forms)}
-        curves[name] = [RatePoint(size, loss(name, text), text) for text, size in sizes.items()]
-    try:
-        found = Exact().allocate(curves, int(bits * sum(rows * columns for rows, columns in shapes.values()) / 8))
-    except Infeasible as error:
-        raise NothingFits(str(error)) from error
-    return {name: point.choice for name, point in found.items()}
+    forms = {
+        name: sorted({uniform(width + _SIDE, shape) for width in _WIDTHS} | {f"int{width}:row" for width in _WIDTHS})
+        for name, shape in shapes.items()
+    }
+    return least_loss(forms, bits, shapes, loss)
 
 
 recipe(
@@ -77,6 +70,7 @@ recipe(
     codec=uniform,
     solver=LearnedPerturbation,
     plan=integer_programme,
+    plan_solver=lambda: ErrorFeedback(refit=False),
     differs=(
         "What a layer adds to the network's loss is expected from gradients at its outputs and its output error by "
         "error feedback, on some rows; the paper measures it, one layer at a time. Rows without groups are allowed, "
@@ -93,7 +87,7 @@ recipe(
     summary="Rounding offsets and scales of a block by signed gradients of the block's output error.",
     codec=uniform,
     solver=gptq,
-    tune=BlockTuning(steps=48, checks=1, sample=16_384),
+    tune=BlockTuning(steps=48, checks=1, sample=16_384, mixed=True),
     differs=(
         "It begins with error feedback's codes instead of the nearest ones, and takes 48 steps of 1,024 tokens instead "
         "of 200 of 16,384; one multiplier a group for a symmetric grid; kept where it helps on all sequences."
@@ -128,7 +122,7 @@ recipe(
     codec=trellis,
     solver=ErrorFeedback,
     needs=("rot(trellis2:L12)",),
-    tune=BlockTuning(steps=16, rate=0.03),
+    tune=BlockTuning(steps=16, rate=0.03, mixed=True),
     differs=(
         "Row scales alone, after the whole block is encoded; the paper tunes weights not yet encoded too, and norms. "
         "As in qtip, a window of 12 bits and rows alone rotated."

@@ -70,11 +70,13 @@ class Recipe:
     their values, one that takes no more bits. ``prepare(weight, gram, codec)``: changes a layer before coding;
     ``side(shape)``: the bits that undoing it takes in the file. ``plan(bits, shapes, loss)``: a codec's text for each
     layer by name, for methods that share ``bits`` per weight out among layers; ``loss(name, text)`` is the divergence,
-    in nats a token, that a codec in one layer is expected to cost the model, ``shapes`` has copies stacked. ``tune``:
-    what is done to each block once its layers are encoded. ``gradients``: whether Gram matrices come with the loss's
-    gradient by each weight. ``guided``: whether in its Gram matrices each token counts by the loss's gradient at what
-    reads the input. ``needs``: codec texts without which the recipe does not exist. ``differs``: how this is not what
-    the paper did.
+    in nats a token, that a codec in one layer is expected to cost the model, ``shapes`` has copies stacked.
+    ``plan_solver``: makes a solver that stands in for the recipe's own, which may be slow, for these.
+    ``plan_loss(weight, codec)``: what counts as the loss instead, for methods that look at the weights alone.
+    ``tune``: what is done to each block once its layers are encoded. ``gradients``: whether Gram matrices come with
+    the loss's gradient by each weight. ``guided``: whether in its Gram matrices each token counts by the loss's
+    gradient at what reads the input. ``needs``: codec texts without which the recipe does not exist. ``differs``: how
+    this is not what the paper did.
     """
 
     name: str
@@ -89,6 +91,8 @@ class Recipe:
     prepare: Callable[[Tensor, Gram, Codec], Prepared] | None = None
     side: Callable[[Shape], int] = _no_side
     plan: Callable[[float, Mapping[str, Shape], Callable[[str, str], float]], Mapping[str, str]] | None = None
+    plan_solver: Callable[[], Solver] | None = None
+    plan_loss: Callable[[Tensor, Codec], float] | None = None
     tune: BlockTuning | None = None
     gradients: bool = False
     guided: bool = False

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
-from tersor.codecs import Integer, SmallFloat
+from tersor.codecs import Integer, SmallFloat, parse
 from tersor.contracts import Codec, Encoded, Shape, Solver
 from tersor.recipes.baselines import gptq, uniform
 from tersor.recipes.fit import fullest, grouped, integer, with_low_rank
@@ -16,9 +18,6 @@ from tersor.recipes.recipe import Claim, NothingFits, Paper
 from tersor.recipes.registry import recipe
 from tersor.recovery import BlockTuning
 from tersor.solvers import Alternating, CoordinateDescent, ErrorFeedback, FullRange, Nearest
-
-_RANGE_FACTOR = 0.9
-"""FineQuant's alpha: a halved group must shrink the mean range below this part to be worth its scales."""
 
 _SAMPLED_ROWS = 128
 """Rows that a split of exponent and mantissa is chosen by."""
@@ -37,19 +36,34 @@ def _fine(bits: float, shape: Shape) -> str:
     return fullest([str(Integer(integer(bits), size)) for size in _halvings(shape[1])], bits, shape)
 
 
-def _coarsened(weight: Tensor, codec: Codec) -> Codec:
-    """The coarsest group after which halving shrinks the mean range too little; never finer than ``codec``'s."""
+def _mean_range(weight: Tensor, codec: Codec) -> float:
+    """What a codec's groups span on average: their largest magnitude."""
     assert isinstance(codec, Integer)
-    sizes = _halvings(weight.shape[1])
-    for size, half in pairwise(sizes[: sizes.index(codec.group) + 1]):
-        assert half is not None
-        coarse, fine = (
-            float(weight.abs().reshape(len(weight), -1, width).amax(2).mean())
-            for width in (size or weight.shape[1], half)
-        )
-        if fine > _RANGE_FACTOR * coarse:
-            return replace(codec, group=size)
-    return codec
+    return float(weight.abs().reshape(len(weight), -1, codec.group or weight.shape[1]).amax(2).mean())
+
+
+def _halved(bits: float, shapes: Mapping[str, Shape], mean_range: Callable[[str, str], float]) -> dict[str, str]:
+    """Groups halved in each layer while that narrows their ranges to ``alpha`` or less, for the largest that fits."""
+    texts, steps = {}, {}
+    for name, shape in shapes.items():
+        texts[name] = [str(Integer(integer(bits), size)) for size in _halvings(shape[1])]
+        ranges = [mean_range(name, text) for text in texts[name]]
+        # A halving is reached through all before it.
+        narrowed = (fine / max(coarse, 1e-30) for coarse, fine in pairwise(ranges))
+        steps[name] = list(accumulate(narrowed, max))
+
+    def chosen(alpha: float) -> dict[str, str]:
+        return {name: texts[name][bisect_right(steps[name], alpha)] for name in shapes}
+
+    def fits(alpha: float) -> bool:
+        return sum(parse(text).bits(shapes[name]) for name, text in chosen(alpha).items()) <= limit
+
+    limit = bits * sum(rows * columns for rows, columns in shapes.values())
+    bounds = [-1.0, *sorted({step for found in steps.values() for step in found})]
+    most = bisect_right(bounds, False, key=lambda alpha: not fits(alpha))
+    if not most:
+        raise NothingFits(f"Integers of {integer(bits)} bits with a scale a row take more than {bits:.3f} bits each.")
+    return chosen(bounds[most - 1])
 
 
 recipe(
@@ -60,12 +74,12 @@ recipe(
     summary="Each matrix starts with a scale per row and halves its groups while that narrows their ranges enough.",
     codec=_fine,
     solver=FullRange,
-    refine=_coarsened,
     calibrated=False,
+    plan=_halved,
+    plan_loss=_mean_range,
     differs=(
-        "Groups get no finer than the budget allows a matrix, and what a coarse one saves goes to no other; it is "
-        "credited by the slope. Integers only, 4 and 8 bits in the paper. Halving goes on while it narrows the mean "
-        "range by a tenth, a bound of ours."
+        "How much halving must narrow the mean range by, alpha in the paper, is what the budget allows, the same for "
+        "all matrices. Integers only, 4 and 8 bits in the paper."
     ),
     claims=(Claim("Group sizes chosen per matrix are no worse than uniform groups.", "rtn", (4,)),),
 )
@@ -106,7 +120,7 @@ recipe(
     summary="The same, then scales and rounding tuned against each block's output.",
     codec=uniform,
     solver=Alternating,
-    tune=BlockTuning(steps=48, checks=1),
+    tune=BlockTuning(steps=48, checks=1, mixed=True),
     differs="Symmetric grids; codes may move by a step while scales are tuned, where the paper holds them; no norms.",
     claims=(Claim("Tuning blocks lowers the divergence again.", "decoupleq", (2,)),),
 )

@@ -44,7 +44,8 @@ class BlockTuning:
 
     ``steps``: each on about ``batch`` tokens, in whole sequences. ``rate``: of the first one, for a rounding offset.
     ``checks``: how often the loss is measured on all states, evenly over the steps and after the last. ``sample``: how
-    many tokens whoever has a text should take of it. ``seed``: of the order of sequences.
+    many tokens whoever has a text should take of it. ``mixed``: whether gradients of float32 states are computed in
+    bfloat16 where PyTorch holds that safe (autocast); losses never are. ``seed``: of the order of sequences.
     """
 
     steps: int = 48
@@ -52,6 +53,7 @@ class BlockTuning:
     rate: float = 0.01
     checks: int = 2
     sample: int = 8192
+    mixed: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -110,14 +112,24 @@ def tune_block(
         if len(order) < batch:
             order = torch.cat([order, torch.randperm(len(inputs), generator=generator)])
         picked, order = order[:batch], order[batch:]
-        _step(run, weights, inputs[picked], targets[picked], tuning.rate * (1 - step / steps), workers)
+        rate = tuning.rate * (1 - step / steps)
+        _step(run, weights, inputs[picked], targets[picked], rate, mixed=tuning.mixed, workers=workers)
         if step + 1 in marks:
             now = _measured(run, weights, decode, inputs, targets, workers)
             best = now if now.after < best.after else best
     return Tuned(best.tensors, best.outputs, before / power, best.after / power)
 
 
-def _step(run: Run, weights: Mapping[str, Tunable], inputs: Tensor, targets: Tensor, rate: float, workers: int) -> None:
+def _step(
+    run: Run,
+    weights: Mapping[str, Tunable],
+    inputs: Tensor,
+    targets: Tensor,
+    rate: float,
+    *,
+    mixed: bool,
+    workers: int,
+) -> None:
     names = list(weights)
     values = dict(zip(names, in_order(lambda at: weights[names[at]].values(), len(names), workers), strict=True))
     leaves = {name: value.to(inputs.dtype).requires_grad_(True) for name, value in values.items()}
@@ -125,7 +137,8 @@ def _step(run: Run, weights: Mapping[str, Tunable], inputs: Tensor, targets: Ten
 
     def slopes(row: int) -> tuple[Tensor, ...]:
         with torch.enable_grad():
-            output = run(leaves, inputs[row : row + 1])
+            with torch.autocast(inputs.device.type, torch.bfloat16, enabled=mixed):
+                output = run(leaves, inputs[row : row + 1])
             loss = (output.float() - targets[row : row + 1].float()).square().sum()
             return torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
 

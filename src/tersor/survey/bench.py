@@ -28,7 +28,7 @@ from tersor.evaluation.divergence import DivergenceAccumulator
 from tersor.recipes import NothingFits, Recipe
 from tersor.recovery import BlockTuning
 from tersor.runtime.stream import BlockStream
-from tersor.solvers import Encoder, ErrorFeedback
+from tersor.solvers import Encoder
 from tersor.stages.context import Context, block_weights
 from tersor.stages.finish import peak_resident_bytes
 from tersor.stages.memory import give_back
@@ -134,7 +134,7 @@ def measure_gradients(bench: Bench, recipes: Sequence[Recipe]) -> None:
     """What ``recipes`` ask of the loss's gradients, unless it is there already: by weight, by output, or by token."""
     if any(recipe.gradients for recipe in recipes):
         measure_weight_gradients(bench.context, bench.texts.calibration.ids)
-    if any(recipe.plan is not None for recipe in recipes):
+    if any(recipe.plan is not None and recipe.plan_loss is None for recipe in recipes):
         measure_sensitivity(bench.context, bench.texts.calibration.ids)
     if any(recipe.guided for recipe in recipes):
         _measure_guided(bench)
@@ -215,12 +215,14 @@ def chosen_codecs(
 
     def loss(name: str, text: str) -> float:
         layer = layers[name]
+        if recipe.plan_loss is not None:
+            return math.fsum(recipe.plan_loss(copy.float(), parse(text)) for copy in bench.context.weight(layer))
         if not at or at[0][0] != layer.block:
             assert layer.block is not None
             grams = block_grams(bench, layer.block, guided=recipe.guided)
             moments = load_moments(bench.context, layer.block)
-            at[:] = [(layer.block, grams, Encoder(ErrorFeedback(refit=False)), moments)]
-        return expected_loss(bench.context, layer, parse(text), *at[0][1:])
+            at[:] = [(layer.block, grams, Encoder((recipe.plan_solver or recipe.solver)()), moments)]
+        return expected_loss(bench.context, recipe, layer, parse(text), *at[0][1:])
 
     texts = recipe.plan(bits + SIDE, {name: layer.stored_shape for name, layer in layers.items()}, loss)
     found = {layer: parse(texts[name]) for name, layer in layers.items()}

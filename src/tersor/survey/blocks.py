@@ -81,6 +81,7 @@ def _encoded(
 
 def expected_loss(
     context: Context,
+    recipe: Recipe,
     layer: Layer,
     codec: Codec,
     grams: Mapping[str, Gram],
@@ -95,7 +96,7 @@ def expected_loss(
             step = max(len(source) // _SAMPLED_ROWS, 1) if codec.sampled else 1
             rows = torch.arange(0, len(source), step)
             weight = source[rows].float().contiguous()
-            error = weight - encoder(weight, codec, gram)[1]
+            error = weight - encoder(weight, codec, gram if recipe.calibrated else None)[1]
             price = linear_objective(gram, moments, layer, number).distortion(error, rows)
             total += float(price.double().mean()) * len(source)
     return total
