@@ -2,8 +2,9 @@
 
 Both write a compressed-tensors folder with every linear layer of the blocks in symmetric 4-bit integers of one group
 size, embedding and head as they are. Both folders are then read and measured in float32 by one evaluator on the same
-held-out windows; ours is run by stock transformers too. llm-compressor runs in an environment of its own, as
-``peers.py`` installs it, in float32, and stores float32 scales; ours are bfloat16.
+held-out windows; ours is run by stock transformers too. Ours twice: with tokens weighted by the loss's gradients, as
+is usual, and with all tokens alike (``--sensitivity flat``), which is what the other does. llm-compressor runs in an
+environment of its own, as ``peers.py`` installs it, in float32, and stores float32 scales; ours are bfloat16.
 
 Time is that of quantization: of theirs the call of ``oneshot`` with the model loaded and the text tokenized; of ours
 everything from opening the model to the last encoded layer, in an artifact on disk. Neither counts imports, what is
@@ -24,6 +25,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,9 @@ from tersor.engines.compressed_tensors.rules import refuses
 from tersor.stages.encode import STAGE
 
 ENGINE = "compressed-tensors"
-AIMS = {"kl_ratio": 0.85, "cpu_ratio": 0.5, "time_ratio": 0.5}
+WAYS = {"weighted": "fisher", "alike": "flat"}
+"""How our tokens count, and the option that says so."""
+AIMS = {"kl": 0.85, "cpu": 0.5, "clock": 0.5}
 """What each ratio of ours to theirs should be at most."""
 
 
@@ -101,17 +105,22 @@ class Comparison:
         self.peer = Bench(given)
         self.held_out = held_out(given.text, self.work)
 
-    def ours(self, group: int) -> dict[str, Any]:
+    def folder(self, way: str, group: int) -> Path:
+        """Where ours lies."""
+        return self.work / f"tersor-{way}-g{group}"
+
+    def ours(self, way: str, group: int) -> dict[str, Any]:
         """A folder by tersor, and what transformers computes with it."""
         source = open_source(self.model)
         plan = uniform(analyse(source, skeleton(source)), f"sint4:g{group}:bf16")
-        output, given, clock = self.work / f"tersor-g{group}", self.given, Until(STAGE)
+        output, given, clock = self.folder(way, group), self.given, Until(STAGE)
         done = api.compress_for(
             ENGINE,
             self.model,
             output,
             plan=plan,
             effort="fast",  # there is nothing to search for: it only says how much of the text gradients are taken of
+            sensitivity=WAYS[way],
             overwrite=True,
             restart=True,
             progress=clock,
@@ -166,20 +175,23 @@ class Comparison:
     def row(self, group: int) -> dict[str, Any]:
         """Both sides at one group size."""
         try:
-            ours = self.kept(f"ours-g{group}", lambda: self.ours(group))
+            ours = {way: self.kept(f"ours-{way}-g{group}", partial(self.ours, way, group)) for way in WAYS}
         except ValueError as error:
             return {"group": group, "error": str(error)}
-        theirs = self.kept(f"theirs-g{group}", lambda: self.theirs(group))
-        folders = {"ours": self.work / f"tersor-g{group}", "theirs": Path(theirs.pop("folder"))}
-        for side, data in (("ours", ours), ("theirs", theirs)):
-            name = f"quality-{side}-g{group}-{self.given.eval_sequences}"
-            data["quality"] = self.kept(name, lambda side=side: self.quality(folders[side]))
-        ratios = {
-            "kl_ratio": ours["quality"]["kl"] / theirs["quality"]["kl"],
-            "cpu_ratio": ours["cpu_seconds"] / theirs["cpu_seconds"],
-            "time_ratio": ours["seconds"] / theirs["seconds"],
-        }
-        return {"group": group, "ours": ours, "theirs": theirs, **ratios}
+        theirs = self.kept(f"theirs-g{group}", partial(self.theirs, group))
+        theirs["quality"] = self.judged("theirs", group, Path(theirs.pop("folder")))
+        for way, one in ours.items():
+            one["quality"] = self.judged(way, group, self.folder(way, group))
+            one["ratios"] = {
+                "kl": one["quality"]["kl"] / theirs["quality"]["kl"],
+                "cpu": one["cpu_seconds"] / theirs["cpu_seconds"],
+                "clock": one["seconds"] / theirs["seconds"],
+            }
+        return {"group": group, "ours": ours, "theirs": theirs}
+
+    def judged(self, side: str, group: int, folder: Path) -> dict[str, Any]:
+        """The quality of one side's folder."""
+        return self.kept(f"quality-{side}-g{group}-{self.given.eval_sequences}", partial(self.quality, folder))
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -203,24 +215,25 @@ def markdown(result: dict[str, Any]) -> str:
         if "error" in row:
             lines.append(f"| {row['group']} | {row['error']} | | | | |")
             continue
-        for side, name in (("ours", "tersor"), ("theirs", row["theirs"]["version"])):
-            one = row[side]
+        sides = {f"tersor, tokens {way}": one for way, one in row["ours"].items()}
+        for name, one in {**sides, row["theirs"]["version"]: row["theirs"]}.items():
             quality = one["quality"]
             lines.append(
                 f"| {row['group']} | {name} | {quality['kl']:.4f} ± {quality['kl_error']:.4f} | {one['bytes']:,} | "
                 f"{one['cpu_seconds']:.0f} | {one['seconds']:.0f} |"
             )
-        met = ", ".join(
-            f"{name.removesuffix('_ratio')} {row[name]:.2f} (aim {aim}{'' if row[name] <= aim else ', missed'})"
-            for name, aim in AIMS.items()
-        )
-        proof = row["ours"]["proof"]
-        after += [
-            "",
-            f"Groups of {row['group']}, ours divided by theirs: {met}. Stock transformers computes our folder with a "
-            f"KL of {proof['engine']['kl']:.4f}; our decoding predicts {proof['ours']['kl']:.4f}; between the two are "
-            f"{proof['noise']:.1e} nats.",
-        ]
+        for way, one in row["ours"].items():
+            met = ", ".join(
+                f"{name} {one['ratios'][name]:.2f} (aim {aim}{'' if one['ratios'][name] <= aim else ', missed'})"
+                for name, aim in AIMS.items()
+            )
+            proof = one["proof"]
+            after += [
+                "",
+                f"Groups of {row['group']}, tokens {way}, ours divided by theirs: {met}. Stock transformers computes "
+                f"our folder with a KL of {proof['engine']['kl']:.4f}; our decoding predicts {proof['ours']['kl']:.4f};"
+                f" between the two are {proof['noise']:.1e} nats.",
+            ]
     return "\n".join([*lines, *after]) + "\n"
 
 

@@ -259,8 +259,9 @@ def speed(rows: list[dict[str, Any]], ours: dict[str, Any]) -> dict[str, Any] | 
     theirs = next((row for row in rows if row["peer"] == "gptqmodel" and row["settings"]["bits"] == ours["bits"]), None)
     if theirs is None or "seconds" not in theirs:
         return None
-    ratios = {name: theirs[part] / ours[part] for name, part in (("ratio", "seconds"), ("cpu_ratio", "cpu_seconds"))}
-    theirs = {part: theirs[part] for part in ("seconds", "cpu_seconds", "version")}
+    parts = {"ratio": "seconds", "cpu_ratio": "cpu_seconds", "solving_ratio": "solving_seconds"}
+    ratios = {name: theirs[part] / ours[part] for name, part in parts.items()}
+    theirs = {part: theirs[part] for part in (*parts.values(), "version")}
     return {"tersor": ours, "gptqmodel": theirs, **ratios}
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,9 +30,32 @@ FREE = ("g_idx", "weight_shape")
 """Stored tensors that are not counted in a peer's bits per weight: an order of columns that is not used, a shape."""
 
 
+class Busy:
+    """Counts the time in which at least one thread is inside. A context manager."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._inside, self._since, self._lock = 0, 0.0, threading.Lock()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._since = time.perf_counter()
+            self._inside += 1
+
+    def __exit__(self, *_raised: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self.seconds += time.perf_counter() - self._since
+
+
 @dataclass
 class Job:
-    """One run of one peer. ``seconds``, ``cpu_seconds``: of the quantization alone, without loading and saving."""
+    """One run of one peer. ``seconds``, ``cpu_seconds``: of the quantization alone, without loading and saving.
+
+    ``solving``: counts, where a script says so, the time in which weights are made into codes from statistics.
+    """
 
     model: Path
     text: Path
@@ -40,6 +64,7 @@ class Job:
     threads: int
     seconds: float = 0.0
     cpu_seconds: float = 0.0
+    solving: Busy = field(default_factory=Busy)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -108,6 +133,7 @@ class Job:
             "bits_per_weight": bits,
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
+            "solving_seconds": self.solving.seconds,
             "notes": self.notes,
         }
         (self.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")

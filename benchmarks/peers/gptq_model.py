@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 # On two processors its own default is one worker, and then it refuses to start.
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, os.cpu_count() or 1)))
@@ -10,6 +11,7 @@ os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, os.cpu_count() or 1)))
 import torch
 from common import Job, main
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+from gptqmodel.quantization.gptq import GPTQ
 
 
 def quantize(job: Job) -> None:
@@ -17,6 +19,13 @@ def quantize(job: Job) -> None:
     config = QuantizeConfig(bits=job.settings["bits"], group_size=job.settings["group"], device="cpu")
     model = GPTQModel.load(str(job.model), config)
     examples = [{"input_ids": window[0].tolist(), "attention_mask": [1] * window.shape[1]} for window in job.windows()]
+    solve = GPTQ.quantize
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        with job.solving:
+            return solve(*args, **kwargs)
+
+    GPTQ.quantize = counted
     with job.timed():
         model.quantize(examples, batch_size=1)
     model.save(str(job.files))

@@ -28,11 +28,9 @@ from tersor.stages.tune import BlockTuner, Piece
 from tersor.stages.weights import is_finite
 from tersor.stages.work import Hidden
 from tersor.statistics.collect import Grams, collect_grams
+from tersor.statistics.outputs import output_energy
 
 STAGE = "encode"
-_STRIP = 256
-"""Columns of a Gram matrix that are multiplied at one time where half of it is enough."""
-
 
 TUNING = BlockTuning(steps=32, batch=1024, rate=0.02, checks=2, sample=8192)
 """How blocks are tuned; docs/LOG.md says what other settings gave."""
@@ -399,17 +397,4 @@ def _errors(weight: Tensor, values: Tensor, gram: Gram | None) -> list[float]:
     sums = [float(error.double().square().sum()), float(weight.double().square().sum())]
     if gram is None:
         return [*sums, 0.0, 0.0]
-    return [*sums, *(_energy(m, gram.matrix) for m in (error, weight))]
-
-
-def _energy(rows: Tensor, gram: Tensor) -> float:
-    """``tr(M H Mᵀ)`` of ``rows (n, in)``; ``gram`` is symmetric, so that what lies below its diagonal counts with what
-    lies above."""
-    total = 0.0
-    for start in range(0, len(gram), _STRIP):
-        stop = min(start + _STRIP, len(gram))
-        product = rows[:, start:stop] @ gram[start:stop, start:]
-        inside = (product[:, : stop - start] * rows[:, start:stop]).double().sum()
-        beyond = (product[:, stop - start :] * rows[:, stop:]).double().sum()
-        total += float(inside) + 2 * float(beyond)
-    return total
+    return [*sums, *(output_energy(m, gram.matrix) for m in (error, weight))]

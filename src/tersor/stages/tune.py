@@ -17,6 +17,7 @@ from tersor.recovery import BlockTuning, Run, Tunable, Tuned, as_tunable
 from tersor.runtime.stream import BlockStream
 from tersor.stages.context import Context
 from tersor.stages.verify import advance_states
+from tersor.statistics.outputs import output_energy
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Piece:
 
 def relative_error(weight: Tensor, values: Tensor, gram: Gram) -> float | None:
     """``tr(E H Eᵀ) / tr(W H Wᵀ)`` for ``(out, in)`` float32; None when the layer's output is zero anyway."""
-    error, energy = (float(((m @ gram.matrix) * m).double().sum()) for m in (weight - values, weight))
+    error, energy = (output_energy(m, gram.matrix) for m in (weight - values, weight))
     return error / energy if energy > 0 else None
 
 
