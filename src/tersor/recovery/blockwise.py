@@ -42,15 +42,16 @@ class Tuned:
 class BlockTuning:
     """The settings of :func:`tune_block`, which is what calling one does.
 
-    ``steps``: each on about ``batch`` tokens, in whole sequences. ``rate``: of the first one, for a rounding offset.
-    ``checks``: how often the loss is measured on all states, evenly over the steps and after the last. ``sample``: how
-    many tokens whoever has a text should take of it. ``mixed``: whether gradients of float32 states are computed in
-    bfloat16 where PyTorch holds that safe (autocast); losses never are. ``seed``: of the order of sequences.
+    ``steps``: each on about ``batch`` tokens, in whole sequences. ``rate``: of the first one, about ``1 / steps`` as
+    published. ``checks``: how often the loss is measured on all states, evenly over the steps and after the last.
+    ``sample``: how many tokens whoever has a text should take of it. ``mixed``: whether gradients of float32 states
+    are computed in bfloat16 where PyTorch holds that safe (autocast); losses never are. ``seed``: of the order of
+    sequences.
     """
 
     steps: int = 48
     batch: int = 1024
-    rate: float = 0.01
+    rate: float = 0.02
     checks: int = 2
     sample: int = 8192
     mixed: bool = False

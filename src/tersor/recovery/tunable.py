@@ -18,8 +18,6 @@ _HALF = 0.4
 """How far from the codec's own code a weight may begin: not so near the next that slopes of few texts would flip it."""
 _CLIP = 0.6, 1.5
 """What a group's scale may be multiplied by."""
-_SHARE = 0.1
-"""Size of a step of a scale or another float part, relative to a step of a rounding offset."""
 
 
 class Tunable(ABC):
@@ -31,7 +29,10 @@ class Tunable(ABC):
 
     @abstractmethod
     def descend(self, slope: Tensor, rate: float) -> None:
-        """One step of sign descent along ``slope``, the loss's gradient at :meth:`values`, of size ``rate``."""
+        """One step of sign descent along ``slope``, the loss's gradient at :meth:`values`.
+
+        ``rate``: its size, for offsets in steps of the grid, for scales and other float parts in shares of their own.
+        """
 
     @abstractmethod
     def stored(self) -> dict[str, Tensor]:
@@ -72,7 +73,7 @@ class RoundedGrid(Tunable):
         pull = (slope * moved).sum(2, keepdim=True)
         self._learned -= rate * torch.where(inside, slope.sign(), 0.0)
         self._learned.clamp_(-0.5, 0.5)
-        self._clip -= rate * _SHARE * pull.sign()
+        self._clip -= rate * pull.sign()
         self._clip.clamp_(*_CLIP)
         self._rounded = None
 
@@ -118,7 +119,7 @@ class FloatParts(Tunable):
         (found, leaves), self._graph = self._graph, None
         slopes = torch.autograd.grad(found, list(leaves.values()), slope)
         for name, one in zip(leaves, slopes, strict=True):
-            self._parts[name] = self._parts[name] - rate * _SHARE * one.sign() * self._units[name]
+            self._parts[name] = self._parts[name] - rate * one.sign() * self._units[name]
 
     def stored(self) -> dict[str, Tensor]:
         return {
@@ -151,7 +152,7 @@ class RowGains(Tunable):
         return self._values * self._gain
 
     def descend(self, slope: Tensor, rate: float) -> None:
-        self._gain = self._gain - rate * _SHARE * (slope * self._values).sum(1, keepdim=True).sign()
+        self._gain = self._gain - rate * (slope * self._values).sum(1, keepdim=True).sign()
 
     def stored(self) -> dict[str, Tensor]:
         part = self._tensors[self._name]
