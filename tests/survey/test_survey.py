@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sqlite3
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,6 +90,47 @@ def test_results_do_not_depend_on_the_process(run: Callable[..., Survey], tmp_pa
     assert [(one.bits, one.kl, one.nbytes) for one in sorted(again.outcomes, key=lambda one: one.bits)] == [
         (one.bits, one.kl, one.nbytes) for one in sorted(alone.outcomes, key=lambda one: one.bits)
     ]
+
+
+SLOW = """
+import os, time
+from pathlib import Path
+from tersor.recipes import Paper, recipe
+from tersor.solvers import Nearest
+
+def wait(weight, codec):
+    Path(__file__).with_suffix(".pid").write_text(str(os.getpid()))
+    time.sleep(600)
+
+recipe(name="slow", paper=Paper("x"), summary="x", codec=lambda bits, shape: "int2:row", solver=Nearest, refine=wait,
+       differs="x")
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks processes up in /proc")
+def test_processes_end_with_a_survey_that_is_killed(small: Path, words: Path, tmp_path: Path):
+    file, told = tmp_path / "slow.py", tmp_path / "slow.pid"
+    file.write_text(SLOW)
+    command = [sys.executable, "-m", "tersor", "survey", small, "-o", tmp_path / "out", "--recipes", file]
+    command += ["--text", words, "--workers", 2, "--bits", "2,3", "--sequences", 4, "--length", 32]
+    settings = {"PYTHONPATH": os.pathsep.join(sys.path), "XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+
+    def running(process: int) -> bool:
+        stat = Path(f"/proc/{process}/stat")
+        return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+    def soon(done: Callable[[], bool]) -> bool:
+        until = time.monotonic() + 60
+        while not done() and time.monotonic() < until:
+            time.sleep(0.1)
+        return done()
+
+    with subprocess.Popen([*map(str, command)], env={**os.environ, **settings}) as survey:
+        try:
+            assert soon(lambda: told.exists() and bool(told.read_text()))
+        finally:
+            survey.kill()
+    assert soon(lambda: not running(int(told.read_text())))
 
 
 FAILING = """

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -251,8 +253,17 @@ def _lost(bench: Bench, recipe: Recipe, bits: float, why: str) -> Outcome:
 
 def _child(request: Request, name: str, bits: float, answer: Connection) -> None:
     """What a process of its own does: one recipe at one number of bits."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     answer.send(_elsewhere(request, name, bits))
     answer.close()
+
+
+def _end_with_parent() -> None:
+    """A survey that is killed cannot stop its processes; nobody would read what they find."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 def _elsewhere(request: Request, name: str, bits: float) -> Outcome:
