@@ -133,6 +133,27 @@ def test_processes_end_with_a_survey_that_is_killed(small: Path, words: Path, tm
     assert soon(lambda: not running(int(told.read_text())))
 
 
+DYING = """
+import os
+from tersor.recipes import Paper, recipe
+from tersor.solvers import Nearest
+
+recipe(name="dies", paper=Paper("x"), summary="x", codec=lambda bits, shape: "int2:row", solver=Nearest,
+       refine=lambda weight, codec: os._exit(3), differs="x")
+"""
+
+
+def test_a_process_that_dies_takes_no_recipe_but_its_own(run: Callable[..., Survey], tmp_path: Path):
+    file = tmp_path / "dying.py"
+    file.write_text(DYING)
+    found = run(recipes=(str(file), "rtn", "gptq"), processes=2)
+    by = {(one.recipe, one.bits): one for one in found.outcomes}
+    assert found.new == len(by) == 6
+    for (recipe, _), one in by.items():
+        assert (one.status == "measured") == (recipe != "dies"), one.error
+    assert "ended with code 3" in by["dies", 3].error
+
+
 FAILING = """
 from tersor.recipes import Paper, recipe
 from tersor.solvers import Nearest

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection, wait
@@ -198,33 +199,39 @@ def _written(request: Request, bench: Bench, database: Database, new: int = 0) -
 
 
 def _side_by_side(request: Request, bench: Bench, pairs: list[tuple[Recipe, float]]) -> Iterator[Outcome]:
-    """Outcomes as they come, each from a process of its own: one that dies takes nothing with it."""
+    """Outcomes as they come, from a few processes that take one recipe after the other: importing takes seconds.
+
+    One that dies takes nothing with it but the recipe it was at.
+    """
     spawn = multiprocessing.get_context("spawn")
     waiting = list(reversed(pairs))
-    running: dict[Connection, tuple[Any, Recipe, float]] = {}
+    processes: dict[Connection, Any] = {}
+    running: dict[Connection, tuple[Recipe, float]] = {}
     try:
         while waiting or running:
             while waiting and len(running) < request.processes:
-                recipe, bits = waiting.pop()
-                ours, theirs = spawn.Pipe(duplex=False)
-                process = spawn.Process(target=_child, args=(request, recipe.name, bits, theirs), daemon=True)
-                process.start()
-                theirs.close()
-                running[ours] = (process, recipe, bits)
+                orders = next((one for one in processes if one not in running), None)
+                if orders is None:
+                    orders, theirs = spawn.Pipe()
+                    processes[orders] = spawn.Process(target=_child, args=(request, theirs), daemon=True)
+                    processes[orders].start()
+                    theirs.close()
+                running[orders] = recipe, bits = waiting.pop()
+                with suppress(ConnectionError):  # of one that died meanwhile; what is read from it then ends at once
+                    orders.send((recipe.name, bits))
             for ready in wait(list(running)):
                 assert isinstance(ready, Connection)
-                process, recipe, bits = running.pop(ready)
+                recipe, bits = running.pop(ready)
                 try:
                     outcome = ready.recv()
-                except EOFError:
+                except (EOFError, ConnectionError):
+                    process = processes.pop(ready)
                     process.join()
                     why = f"Its process ended with code {process.exitcode}, perhaps for want of memory."
                     outcome = _lost(bench, recipe, bits, why)
-                process.join()
-                ready.close()
                 yield outcome
     finally:
-        for process, _, _ in running.values():
+        for process in processes.values():
             process.terminate()
 
 
@@ -251,11 +258,14 @@ def _lost(bench: Bench, recipe: Recipe, bits: float, why: str) -> Outcome:
     return replace(blank(bench, recipe, bits)[0], status="failed", error=why)
 
 
-def _child(request: Request, name: str, bits: float, answer: Connection) -> None:
-    """What a process of its own does: one recipe at one number of bits."""
+def _child(request: Request, orders: Connection) -> None:
+    """What a process of its own does: recipes at numbers of bits, one after the other."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    answer.send(_elsewhere(request, name, bits))
-    answer.close()
+    with pipeline.one_thread_each():
+        picked, bench = _prepared(request)
+        while True:
+            name, bits = orders.recv()
+            orders.send(run_recipe(bench, picked[name], bits, lambda _: None))
 
 
 def _end_with_parent() -> None:
@@ -269,11 +279,16 @@ def _end_with_parent() -> None:
 def _elsewhere(request: Request, name: str, bits: float) -> Outcome:
     """One recipe at one number of bits, in another process that sees the same folders."""
     with pipeline.one_thread_each():
-        recipe = chosen(request.recipes)[name]
-        bench = _open(request, silent)
-        if not shared_measured(bench):
-            raise BadInput(
-                f"The folder {request.output.absolute()} with what recipes share is not visible to all processes of "
-                f"the survey; put --output on a disk that every machine of the cluster has under that path."
-            )
-        return run_recipe(bench, recipe, bits, lambda _: None)
+        picked, bench = _prepared(request)
+        return run_recipe(bench, picked[name], bits, lambda _: None)
+
+
+def _prepared(request: Request) -> tuple[dict[str, Recipe], Bench]:
+    """The recipes by name, and the bench with what they share."""
+    bench = _open(request, silent)
+    if not shared_measured(bench):
+        raise BadInput(
+            f"The folder {request.output.absolute()} with what recipes share is not visible to all processes of "
+            f"the survey; put --output on a disk that every machine of the cluster has under that path."
+        )
+    return chosen(request.recipes), bench
