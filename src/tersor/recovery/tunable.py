@@ -18,6 +18,9 @@ _HALF = 0.4
 """How far from the codec's own code a weight may begin: not so near the next that slopes of few texts would flip it."""
 _CLIP = 0.6, 1.5
 """What a group's scale may be multiplied by."""
+_GAIN = 0.1
+"""Size of a step of a row's gain, relative to one of an offset: ten times as much fits the sample better, and other
+text worse."""
 
 
 class Tunable(ABC):
@@ -31,7 +34,8 @@ class Tunable(ABC):
     def descend(self, slope: Tensor, rate: float) -> None:
         """One step of sign descent along ``slope``, the loss's gradient at :meth:`values`.
 
-        ``rate``: its size, for offsets in steps of the grid, for scales and other float parts in shares of their own.
+        ``rate``: its size, for offsets in steps of the grid, for scales and other float parts in shares of their own,
+        for gains of rows a tenth of that.
         """
 
     @abstractmethod
@@ -152,7 +156,7 @@ class RowGains(Tunable):
         return self._values * self._gain
 
     def descend(self, slope: Tensor, rate: float) -> None:
-        self._gain = self._gain - rate * (slope * self._values).sum(1, keepdim=True).sign()
+        self._gain = self._gain - rate * _GAIN * (slope * self._values).sum(1, keepdim=True).sign()
 
     def stored(self) -> dict[str, Tensor]:
         part = self._tensors[self._name]
