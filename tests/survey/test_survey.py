@@ -138,7 +138,7 @@ import os
 from tersor.recipes import Paper, recipe
 from tersor.solvers import Nearest
 
-recipe(name="dies", paper=Paper("x"), summary="x", codec=lambda bits, shape: "int2:row", solver=Nearest,
+recipe(name="ends-itself", paper=Paper("x"), summary="x", codec=lambda bits, shape: "int2:row", solver=Nearest,
        refine=lambda weight, codec: os._exit(3), differs="x")
 """
 
@@ -150,8 +150,8 @@ def test_a_process_that_dies_takes_no_recipe_but_its_own(run: Callable[..., Surv
     by = {(one.recipe, one.bits): one for one in found.outcomes}
     assert found.new == len(by) == 6
     for (recipe, _), one in by.items():
-        assert (one.status == "measured") == (recipe != "dies"), one.error
-    assert "ended with code 3" in by["dies", 3].error
+        assert (one.status == "measured") == (recipe != "ends-itself"), one.error
+    assert "ended with code 3" in by["ends-itself", 3].error
 
 
 FAILING = """

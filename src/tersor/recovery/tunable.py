@@ -18,9 +18,9 @@ _HALF = 0.4
 """How far from the codec's own code a weight may begin: not so near the next that slopes of few texts would flip it."""
 _CLIP = 0.6, 1.5
 """What a group's scale may be multiplied by."""
-_GAIN = 0.1
-"""Size of a step of a row's gain, relative to one of an offset: ten times as much fits the sample better, and other
-text worse."""
+_CAREFUL = 0.1
+"""Size of a step, relative to one of an offset, for a row's gain, and for weights and tables themselves. Ten
+times as much fits the sample better in the first case, and other text worse; it only harms in the second."""
 
 
 class Tunable(ABC):
@@ -34,8 +34,8 @@ class Tunable(ABC):
     def descend(self, slope: Tensor, rate: float) -> None:
         """One step of sign descent along ``slope``, the loss's gradient at :meth:`values`.
 
-        ``rate``: its size, for offsets in steps of the grid, for scales and other float parts in shares of their own,
-        for gains of rows a tenth of that.
+        ``rate``: its size, for offsets in steps of the grid and for scales in shares of their own; a tenth of that for
+        gains of rows, weights and tables.
         """
 
     @abstractmethod
@@ -99,8 +99,8 @@ class FloatParts(Tunable):
     """The float tensors among the stored ones; everything else stays as it is.
 
     The gradient goes through the codec's own decoding, whatever it does with them: scales of rows or groups, tables,
-    low-rank factors, kept weights. A part of positive numbers moves by shares of itself, another by shares of its
-    rows' root mean squares.
+    low-rank factors, kept weights. A part of positive numbers moves by shares of itself, another by smaller shares of
+    its rows' root mean squares.
     """
 
     def __init__(self, codec: Codec, shape: Shape, tensors: Mapping[str, Tensor]) -> None:
@@ -156,7 +156,7 @@ class RowGains(Tunable):
         return self._values * self._gain
 
     def descend(self, slope: Tensor, rate: float) -> None:
-        self._gain = self._gain - rate * _GAIN * (slope * self._values).sum(1, keepdim=True).sign()
+        self._gain = self._gain - rate * _CAREFUL * (slope * self._values).sum(1, keepdim=True).sign()
 
     def stored(self) -> dict[str, Tensor]:
         part = self._tensors[self._name]
@@ -167,7 +167,7 @@ class RowGains(Tunable):
 def _unit(part: Tensor) -> Tensor:
     if bool((part > 0).all()):
         return part.clone()
-    return part.square().mean(-1, keepdim=True).sqrt().expand_as(part)
+    return _CAREFUL * part.square().mean(-1, keepdim=True).sqrt().expand_as(part)
 
 
 def as_tunable(codec: Codec, weight: Tensor, tensors: Mapping[str, Tensor]) -> Tunable | None:
