@@ -21,6 +21,8 @@ _CLIP = 0.6, 1.5
 _CAREFUL = 0.1
 """Size of a step, relative to one of an offset, for a row's gain, and for weights and tables themselves. Ten
 times as much fits the sample better in the first case, and other text worse; it only harms in the second."""
+_MOSTLY = 0.9
+"""The part of a tensor's numbers that is positive at least where they are scales."""
 
 
 class Tunable(ABC):
@@ -167,7 +169,9 @@ class RowGains(Tunable):
 def _unit(part: Tensor) -> Tensor:
     if bool((part > 0).all()):
         return part.clone()
-    return _CAREFUL * part.square().mean(-1, keepdim=True).sqrt().expand_as(part)
+    size = part.square().mean(-1, keepdim=True).sqrt().expand_as(part)
+    # Fitted scales come out negative here and there; weights and tables are so half of the time.
+    return size if float((part > 0).float().mean()) > _MOSTLY else _CAREFUL * size
 
 
 def as_tunable(codec: Codec, weight: Tensor, tensors: Mapping[str, Tensor]) -> Tunable | None:
