@@ -25,9 +25,9 @@ def _salient(bits: float, shape: Shape, rest: str) -> str:
 
 
 def _half(bits: float, shape: Shape, *, pattern: str) -> str:
-    width = shape[1] // 2
+    kept = shape[1] // 2
     return fullest(
-        [text for bits in range(2, 9) for text in grouped(f"sparse{pattern}(int{bits}:{{}})", width)], bits, shape
+        [text for width in range(2, 9) for text in grouped(f"sparse{pattern}(int{width}:{{}})", kept)], bits, shape
     )
 
 

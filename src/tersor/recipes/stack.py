@@ -21,7 +21,7 @@ _RANK, _WIDTH = 16, 4096
 """The paper's rank, and the width of the layers it is for."""
 
 
-def _stack(bits: float, shape: Shape, *, scaled: bool) -> str:
+def _stack(bits: float, shape: Shape, *, scaled: bool = True) -> str:
     """Stages first, then rank: a stage takes half to two thirds of the error away, a rank one or two percent.
 
     Scales are left out where they would cost a stage.
@@ -55,7 +55,7 @@ recipe(
     name="bitstack",
     paper=_PAPER,
     summary="Signs and a low-rank approximation of the magnitudes of what is left over; layers sort their stages.",
-    codec=lambda bits, shape: _stack(bits, shape, scaled=True),
+    codec=_stack,
     solver=Nearest,
     plan=_sorted,
     differs=(
@@ -73,7 +73,7 @@ recipe(
     name="bitstack-even",
     paper=_PAPER,
     summary="BitStack with the same bits for all layers: what sorting is worth.",
-    codec=lambda bits, shape: _stack(bits, shape, scaled=True),
+    codec=_stack,
     solver=Nearest,
     differs=(
         "The paper's ablation: each layer has as many stages as its bits hold, and the rank is what is left (1 to 3 "
@@ -95,7 +95,7 @@ recipe(
     name="bitstack-feedback",
     paper=_PAPER,
     summary="BitStack with signs chosen one column after the other, each error pushed onto the columns still to come.",
-    codec=lambda bits, shape: _stack(bits, shape, scaled=True),
+    codec=_stack,
     solver=CoordinateDescent,
     plan=_sorted,
     plan_solver=Nearest,

@@ -101,8 +101,8 @@ class FloatParts(Tunable):
     """The float tensors among the stored ones; everything else stays as it is.
 
     The gradient goes through the codec's own decoding, whatever it does with them: scales of rows or groups, tables,
-    low-rank factors, kept weights. A part of positive numbers moves by shares of itself, another by smaller shares of
-    its rows' root mean squares.
+    low-rank factors, kept weights. A part of positive numbers moves by shares of itself, one that is mostly positive by
+    as large shares of its rows' root mean squares, another by smaller ones.
     """
 
     def __init__(self, codec: Codec, shape: Shape, tensors: Mapping[str, Tensor]) -> None:

@@ -227,6 +227,7 @@ def _side_by_side(request: Request, bench: Bench, pairs: list[tuple[Recipe, floa
                 except (EOFError, ConnectionError):
                     process = processes.pop(ready)
                     process.join()
+                    ready.close()
                     why = f"Its process ended with code {process.exitcode}, perhaps for want of memory."
                     outcome = _lost(bench, recipe, bits, why)
                 yield outcome
