@@ -24,14 +24,16 @@ from tersor.allocators import Exact
 from tersor.anatomy import WeightLoader, analyse, open_source, skeleton
 from tersor.artifact import ArtifactWriter, open_artifact
 from tersor.codecs import parse
-from tersor.contracts import Plan, Quality, RatePoint
+from tersor.contracts import Layer, Plan, Quality, RatePoint
 from tersor.runtime.stream import BlockStream
+from tersor.solvers import ErrorFeedback
 from tersor.stages import curves as curve_stage
 from tersor.stages import encode as encode_stage
 from tersor.stages import finish
 from tersor.stages.allocate import Costs, artifact_layout, make_plan, plan_from_points
 from tersor.stages.context import Context
 from tersor.stages.encode import encode_model
+from tersor.stages.encode_layers import Coded, encode_layers
 from tersor.stages.options import Budget, Options
 from tersor.stages.sensitivity import measure_sensitivity
 from tersor.stages.text import Texts, prepare_texts
@@ -248,25 +250,27 @@ def prepare(
     return Compressor(context, texts, work)
 
 
-def feedback_speed(compressor: Compressor, bits: int, group: int) -> dict[str, Any]:
+def feedback_speed(compressor: Compressor, bits: int, group: int, *, refit: bool) -> dict[str, Any]:
     """Time of error feedback on plain integers for all linear layers, each block's statistics included.
 
     That is what GPTQModel's time covers too: passes through the blocks with Gram matrices, solving, and packing. Tokens
-    count alike, as they do there. ``solving_seconds``: from Gram matrices to packed codes alone.
+    count alike, as they do there. ``refit``: finish with least squares for the scales, as tersor does and GPTQModel
+    does not. ``solving_seconds``: from Gram matrices to packed codes, which are written meanwhile.
     """
     options = replace(compressor.context.options, solver="feedback", sensitivity="flat")
     context = replace(compressor.context, options=options)
     solving = 0.0
 
-    def counted(*given: Any) -> encode_stage.Coded:
+    def counted(*given: Any) -> Iterator[tuple[Layer, Coded]]:
         nonlocal solving
         began = time.perf_counter()
-        coded = encode_layer(*given)
+        yield from encode_layers(*given)
         solving += time.perf_counter() - began
-        return coded
 
-    encode_layer = encode_stage.encode_layer
-    with patch.object(encode_stage, "encode_layer", counted):  # one layer after the other, each on all threads
+    with (
+        patch.object(encode_stage, "encode_layers", counted),
+        patch.object(Context, "solver", lambda _: ErrorFeedback(refit=refit)),
+    ):
         row = replace(compressor, context=context).encode(compressor.uniform(f"int{bits}:g{group}"), None)
     times = {"seconds": row["seconds"], "cpu_seconds": row["cpu_seconds"], "solving_seconds": solving}
     return {"bits": bits, "group": group, **times}

@@ -119,14 +119,23 @@ def _comparison(rows: Sequence[Row], unit: str, form: str) -> list[str]:
 def _speed(speed: Row | None) -> list[str]:
     if not speed:
         return []
-    ours, theirs = speed["tersor"], speed["gptqmodel"]
-    return [
+    theirs, plain = speed["gptqmodel"], speed["plain"]
+    lines = [
         "## Time of error feedback on integers",
         "",
-        f"{ours['bits']} bits, groups of {ours['group']}, the same tokens and threads: tersor {ours['seconds']:.0f} s "
-        f"({ours['cpu_seconds']:.0f} s of processor time), GPTQModel {theirs['seconds']:.0f} s "
-        f"({theirs['cpu_seconds']:.0f} s): {speed['ratio']:.2f} times as fast, {speed['cpu_ratio']:.2f} times by "
-        "processor time. Much of either is passes through the blocks and Gram matrices, in PyTorch on both sides. From "
-        f"Gram matrices to codes alone: tersor {ours['solving_seconds']:.1f} s, GPTQModel "
-        f"{theirs['solving_seconds']:.1f} s: {speed['solving_ratio']:.1f} times as fast.",
+        f"{plain['bits']} bits, groups of {plain['group']}, the same tokens and threads. The whole is passes through "
+        "the blocks and Gram matrices too, in PyTorch on both sides; solving is from Gram matrices to codes alone. "
+        "GPTQModel leaves scales as they were chosen at first; tersor refits them by least squares where it is not "
+        "compared.",
+        "",
+        "| | whole, s | processor time, s | solving, s | times as fast | by processor time | solving |",
+        "|---|---|---|---|---|---|---|",
+        f"| GPTQModel | {theirs['seconds']:.0f} | {theirs['cpu_seconds']:.0f} | {theirs['solving_seconds']:.1f} "
+        "| | | |",
     ]
+    for name, ours in (("tersor", plain), ("tersor, scales refitted", speed["refitted"])):
+        lines.append(
+            f"| {name} | {ours['seconds']:.0f} | {ours['cpu_seconds']:.0f} | {ours['solving_seconds']:.1f} | "
+            f"{ours['seconds_ratio']:.2f} | {ours['cpu_seconds_ratio']:.2f} | {ours['solving_seconds_ratio']:.2f} |"
+        )
+    return lines

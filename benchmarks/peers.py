@@ -254,15 +254,18 @@ def budgets(rows: list[dict[str, Any]], size: str, quality: str) -> list[float]:
     return [*first, *sorted({row[size] for row in made} - set(first))]
 
 
-def speed(rows: list[dict[str, Any]], ours: dict[str, Any]) -> dict[str, Any] | None:
-    """Times of the two implementations of error feedback, at the same settings."""
-    theirs = next((row for row in rows if row["peer"] == "gptqmodel" and row["settings"]["bits"] == ours["bits"]), None)
+def speed(rows: list[dict[str, Any]], plain: dict[str, Any], refitted: dict[str, Any]) -> dict[str, Any] | None:
+    """Times of the two implementations of error feedback at the same settings, and of ours with refitted scales."""
+    theirs = next(
+        (row for row in rows if row["peer"] == "gptqmodel" and row["settings"]["bits"] == plain["bits"]), None
+    )
     if theirs is None or "seconds" not in theirs:
         return None
-    parts = {"ratio": "seconds", "cpu_ratio": "cpu_seconds", "solving_ratio": "solving_seconds"}
-    ratios = {name: theirs[part] / ours[part] for name, part in parts.items()}
-    theirs = {part: theirs[part] for part in (*parts.values(), "version")}
-    return {"tersor": ours, "gptqmodel": theirs, **ratios}
+    parts = ("seconds", "cpu_seconds", "solving_seconds")
+    found = {"gptqmodel": {part: theirs[part] for part in (*parts, "version")}}
+    for name, ours in (("plain", plain), ("refitted", refitted)):
+        found[name] = ours | {f"{part}_ratio": theirs[part] / ours[part] for part in parts}
+    return found
 
 
 def run(given: argparse.Namespace) -> None:
@@ -302,8 +305,11 @@ def run(given: argparse.Namespace) -> None:
         if job.peer in wanted:
             result["rows"].append(bench.measured(job, judge))
             record()
-    fast = bench.ours("feedback", lambda: feedback_speed(compressor, 4, given.group))
-    result["speed"] = speed(result["rows"], fast)
+    plain, refitted = (
+        bench.ours(name, lambda refit=refit: feedback_speed(compressor, 4, given.group, refit=refit))
+        for name, refit in (("feedback", False), ("feedback refitted", True))
+    )
+    result["speed"] = speed(result["rows"], plain, refitted)
     sizes = budgets(result["rows"], "file_bytes", "quality")
     rates = budgets(result["rows"], "bits_per_weight", "quality_linears")
     whole = [("ours", f"size {size}", partial(compressor.sized, int(size))) for size in sizes]

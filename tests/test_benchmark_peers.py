@@ -89,14 +89,17 @@ def test_times_are_compared_as_a_whole_and_for_solving_alone(
     ours = {"bits": 4, "group": 64, "seconds": 50.0, "cpu_seconds": 80.0, "solving_seconds": 8.0}
     theirs = {"peer": "gptqmodel", "settings": {"bits": 4}, "version": "1"}
     times = {"seconds": 125.0, "cpu_seconds": 200.0, "solving_seconds": 60.0}
-    assert peers.speed([{**theirs, **times, "settings": {"bits": 3}}], ours) is None
-    found = peers.speed([{**theirs, **times}], ours)
-    assert (found["ratio"], found["cpu_ratio"], found["solving_ratio"]) == (2.5, 2.5, 7.5)
+    slower = {**ours, "seconds": 62.5, "solving_seconds": 10.0}
+    assert peers.speed([{**theirs, **times, "settings": {"bits": 3}}], ours, slower) is None
+    found = peers.speed([{**theirs, **times}], ours, slower)
+    assert (found["plain"]["seconds_ratio"], found["plain"]["solving_seconds_ratio"]) == (2.5, 7.5)
+    assert (found["refitted"]["seconds_ratio"], found["refitted"]["cpu_seconds_ratio"]) == (2.0, 2.5)
     result = {"model": "m", "calibration": "c", "evaluation": "e", "rows": [], "ours": [], "ours_linears": []}
     result |= {"preparation": {"seconds": 1.0}, "speed": found}
     shown = table.markdown({**result, **table.summary([], [], [])})
-    assert "2.50 times as fast, 2.50 times by processor time" in shown
-    assert "tersor 8.0 s, GPTQModel 60.0 s: 7.5 times as fast" in shown
+    assert "| GPTQModel | 125 | 200 | 60.0 |" in shown
+    assert "| tersor | 50 | 80 | 8.0 | 2.50 | 2.50 | 7.50 |" in shown
+    assert "| tersor, scales refitted | 62 | 80 | 10.0 | 2.00 | 2.50 | 6.00 |" in shown
 
 
 def test_every_size_is_asked_for_once_those_at_which_peers_get_better_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,8 +127,9 @@ def test_budgets_are_kept_and_the_source_itself_loses_nothing(
         outside = [layer.name for layer in compressor.context.anatomy.layers_of(None)]
         assert {plan.layers[name].codec for name in outside} == {"bf16"}
         assert row["quality"]["kl"] > same.kl
-        times = ours.feedback_speed(compressor, 4, 32)
-        assert 0 < times["solving_seconds"] < times["seconds"]
+        for refit in (False, True):
+            times = ours.feedback_speed(compressor, 4, 32, refit=refit)
+            assert 0 < times["solving_seconds"] < times["seconds"]
 
         budget = plan.file_bytes
         sized = compressor.encode(compressor.sized(budget), judge)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+Piece = TypeVar("Piece")
 Result = TypeVar("Result")
 
 
@@ -15,14 +17,32 @@ def in_order(work: Callable[[int], Result], count: int, workers: int) -> Iterato
     Whatever the number of workers, each piece is computed alike and results are consumed in the same order: that is
     what makes the bytes of an artifact independent of the machine's number of cores.
     """
+    return (result for _, result in in_turn(iter(range(count)), work, workers, waiting=workers))
+
+
+def in_turn(
+    pieces: Iterator[Piece], work: Callable[[Piece], Result], workers: int, *, waiting: int | None = None
+) -> Iterator[tuple[Piece, Result]]:
+    """Each of ``pieces`` with what ``work`` makes of it, in order, ``workers`` at a time.
+
+    Pieces are asked for on the caller's thread and not before they are needed: ``waiting`` are begun or done and not
+    yet taken, by default four times as many as there are workers, so that none waits for another's slow piece.
+    """
     if workers <= 1:
-        for index in range(count):
-            yield work(index)
+        for piece in pieces:
+            yield piece, work(piece)
         return
+    most = 4 * workers if waiting is None else waiting
     with ThreadPoolExecutor(workers) as pool:
-        waiting = [pool.submit(work, index) for index in range(min(workers, count))]
-        for index in range(count):
-            result = waiting.pop(0).result()
-            if index + workers < count:
-                waiting.append(pool.submit(work, index + workers))
-            yield result
+        begun: deque[tuple[Piece, Future[Result]]] = deque()
+        for piece in pieces:
+            done = None
+            if len(begun) == most:
+                first, future = begun.popleft()
+                done = first, future.result()
+            begun.append((piece, pool.submit(work, piece)))
+            if done is not None:
+                yield done
+        while begun:
+            first, future = begun.popleft()
+            yield first, future.result()

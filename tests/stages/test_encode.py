@@ -19,7 +19,7 @@ from tersor.pipeline import light_context
 from tersor.stages import encode, sensitivity
 from tersor.stages.allocate import artifact_layout
 from tersor.stages.context import Context, block_weights
-from tersor.stages.encode import _errors
+from tersor.stages.encode_layers import errors_of
 from tersor.stages.options import Budget, Options
 from tersor.stages.sensitivity import measure_sensitivity
 from tersor.stages.work import Work
@@ -33,8 +33,8 @@ def test_errors_are_those_of_the_whole_matrix(columns: int) -> None:
     error, exact = (weight - values).double(), gram.matrix.double()
     wanted = [m.square().sum() for m in (error, weight.double())]
     wanted += [((m @ exact) * m).sum() for m in (error, weight.double())]
-    assert _errors(weight, values, gram) == pytest.approx([float(value) for value in wanted], rel=1e-5)
-    assert _errors(weight, values, None)[2:] == [0.0, 0.0]
+    assert errors_of(weight, values, gram) == pytest.approx([float(value) for value in wanted], rel=1e-5)
+    assert errors_of(weight, values, None)[2:] == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

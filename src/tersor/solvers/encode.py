@@ -80,6 +80,11 @@ class Encoder:
                 self._transformed[id(gram), key] = (gram, make())
             return self._transformed[id(gram), key][1]
 
+    def foresee(self, codec: Codec, gram: Gram | None) -> None:
+        """Do in advance what a leaf will ask of its Gram matrix; others say what they need when they are encoded."""
+        if isinstance(codec, LeafCodec):
+            self.prepared(gram, codec.span)
+
     def prepared(self, gram: Gram | None, span: int) -> tuple[Gram | None, Solver, Any]:
         """The solver used with a Gram matrix, and what it prepared; nearest rounding when all else fails."""
         key = (id(gram), span)

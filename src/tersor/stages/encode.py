@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,49 +12,25 @@ from torch import Tensor, nn
 
 from tersor.artifact import ArtifactWriter
 from tersor.codecs.dense import Dense
-from tersor.codecs.inner import under
-from tersor.contracts import Codec, CompositeCodec, DirectCodec, Gram, Layer, LeafCodec, Stretch
+from tersor.contracts import Codec, Gram, Layer
 from tersor.errors import NotFinite
 from tersor.parallel import in_order
 from tersor.recovery import BlockTuning
 from tersor.runtime.stream import BlockStream
-from tersor.solvers import Encoder, chunk_of
+from tersor.solvers import Encoder
 from tersor.stages.context import Context, as_parameter, block_weights, oriented, row_pieces
 from tersor.stages.curves import OUTSIDE, outside_objectives
+from tersor.stages.encode_layers import Coded, Order, Ready, encode_layers, errors_of, summary
 from tersor.stages.memory import give_back
 from tersor.stages.sensitivity import advance, text_weights
 from tersor.stages.tune import BlockTuner, Piece
-from tersor.stages.weights import is_finite
 from tersor.stages.work import Hidden
 from tersor.statistics.collect import Grams, collect_grams
-from tersor.statistics.outputs import output_energy
 
 STAGE = "encode"
 
 TUNING = BlockTuning(steps=32, batch=1024, rate=0.02, checks=2, sample=8192)
 """How blocks are tuned; docs/LOG.md says what other settings gave."""
-
-
-@dataclass(frozen=True)
-class Coded:
-    """An encoded layer: ``weight (copies · out, in)`` as the source has it, and the tensors that are stored for it.
-
-    ``gram``: of the layer's input, where there is one for all of it.
-    """
-
-    weight: Tensor
-    parts: dict[str, Tensor]
-    record: dict[str, Any]
-    gram: Gram | None
-
-
-@dataclass(frozen=True)
-class Ready:
-    """An encoder, and the Gram matrix to encode a layer's rows with. ``note``: why there is none, or empty."""
-
-    encoder: Encoder
-    gram: Gram | None
-    note: str = ""
 
 
 def encode_model(context: Context, codecs: Mapping[str, Codec], writer: ArtifactWriter, ids: Tensor) -> None:
@@ -244,7 +219,7 @@ def _tuned(
     context.work.save_tensors(after, {"states": torch.cat(tuner.reference)})
     for piece in tuned:
         assert piece.tensors is not None
-        record = coded[piece.layer].record | _summary(_errors(piece.weight, piece.values, piece.gram))
+        record = coded[piece.layer].record | summary(errors_of(piece.weight, piece.values, piece.gram))
         record["tuned"] = [found.before, found.after]
         coded[piece.layer] = replace(coded[piece.layer], parts=dict(piece.tensors), record=record)
     return list(coded.items())
@@ -258,17 +233,25 @@ def _ready(context: Context, gram: Gram | None, name: str) -> Ready:
 def _encode_layers(
     context: Context, weights: Mapping[Layer, Tensor], sums: Grams, codecs: Mapping[str, Codec]
 ) -> Iterator[tuple[Layer, Coded]]:
-    """Encode layers of a block; those that read the same input come one after the other and share a factor."""
+    """Encode layers of a block; those that read the same input come one after the other and share a factor.
+
+    The group with most weights comes first: while it is encoded the widest Gram matrix is factored.
+    """
     give_back()
-    ready: dict[tuple[str, int], Ready] = {}
-    for layer in sorted(weights, key=lambda layer: layer.inputs):
-        ready = {key: value for key, value in ready.items() if key[0] == layer.inputs}
-        source = _source_weight(context, layer, weights[layer])
-        keys = [(layer.inputs, copy) for copy in range(layer.copies)]
-        for key in keys:
-            if key not in ready:
-                ready[key] = _ready(context, sums.gram(layer, key[1]), layer.name)
-        yield layer, encode_layer(context, layer, source, codecs[layer.name], [ready[key] for key in keys])
+    groups: dict[str, list[Layer]] = {}
+    for layer in weights:
+        groups.setdefault(layer.inputs, []).append(layer)
+    orders = []
+    for layers in sorted(groups.values(), key=lambda layers: -sum(layer.parameters for layer in layers)):
+        first = layers[0]
+        ready = [_ready(context, sums.gram(first, copy), first.name) for copy in range(first.copies)]
+        orders.append(
+            [
+                Order(layer, codecs[layer.name], partial(_source_weight, context, layer, weights[layer]), ready)
+                for layer in layers
+            ]
+        )
+    return encode_layers(orders, context.workers)
 
 
 def _source_weight(context: Context, layer: Layer, held: Tensor) -> Tensor:
@@ -285,116 +268,10 @@ def _encode_outside(context: Context, layer: Layer, codec: Codec, writer: Artifa
         ready = Ready(Encoder(context.solver(), workers=context.workers), None)
     else:
         ready = _ready(context, outside_objectives(context, layer, weight[0])[0], layer.name)
-    _write(layer, encode_layer(context, layer, weight, codec, [ready]), writer)
+    for _, coded in encode_layers([[Order(layer, codec, lambda: weight, [ready])]], context.workers):
+        _write(layer, coded, writer)
 
 
 def _write(layer: Layer, coded: Coded, writer: ArtifactWriter) -> None:
     named = {f"{layer.name}.{name}": tensor for name, tensor in coded.parts.items()}
     writer.write(layer.name, named, record=coded.record)
-
-
-def encode_layer(context: Context, layer: Layer, weight: Tensor, codec: Codec, ready: list[Ready]) -> Coded:
-    """Encode ``weight (copies, out, in)``; what was measured on the way is the unit's record."""
-    if not is_finite(weight):
-        raise NotFinite(f"The weights of {layer.name} have NaN or Inf; the source model is damaged.")
-    parts = {part.name: torch.empty(part.shape, dtype=part.dtype) for part in codec.parts(layer.stored_shape)}
-    flat = weight.reshape(layer.stored_shape)
-    totals = [0.0] * 4
-    for stretch in codec.stretches(layer.stored_shape[0]):
-        own = under(parts, stretch.prefix)
-        shape = (stretch.stop - stretch.start, layer.shape[1])
-        direct = isinstance(stretch.codec, DirectCodec) and not any(part.shared for part in stretch.codec.parts(shape))
-        composed = isinstance(stretch.codec, CompositeCodec) and stretch.codec.by_rows
-        by_rows = direct or composed or isinstance(stretch.codec, LeafCodec)
-        if by_rows:
-            errors = _encode_by_rows(context, layer, flat, stretch, ready, own)
-        else:
-            errors = _encode_whole(flat[stretch.start : stretch.stop], stretch.codec, ready, own)
-        totals = [total + error for total, error in zip(totals, errors, strict=True)]
-    notes = {one.note for one in ready if one.note}
-    notes |= {f"{layer.name}: {note}" for one in ready for note in one.encoder.notes}
-    record = {**_summary(totals), "notes": sorted(notes)}
-    return Coded(flat, parts, record, ready[0].gram if layer.copies == 1 else None)
-
-
-def _summary(totals: Sequence[float]) -> dict[str, Any]:
-    """What a record says of a layer's errors, from the sums that :func:`_errors` gives."""
-    return {
-        "relative_error": math.sqrt(totals[0] / totals[1]) if totals[1] > 0 else 0.0,
-        "output_error": totals[2] / totals[3] if totals[3] > 0 else None,
-    }
-
-
-def _encode_by_rows(
-    context: Context, layer: Layer, flat: Tensor, stretch: Stretch, ready: list[Ready], parts: dict[str, Tensor]
-) -> list[float]:
-    """Fill ``parts`` of one stretch in chunks of rows of fixed size, each an independent piece of work."""
-    out = layer.shape[0]
-    rows = stretch.stop - stretch.start
-    shape = (rows, layer.shape[1])
-    shared = {part.name for part in stretch.codec.parts(shape) if part.shared}
-    codec = stretch.codec
-    if isinstance(codec, LeafCodec | CompositeCodec):
-        codec = codec.learn(flat[stretch.start : stretch.stop], _mean_gram(ready))
-    step, tile = chunk_of(stretch.codec, rows), stretch.codec.tile(rows)
-    pieces = [
-        (start, min(start + step, stop))
-        for first, stop in _within_copies(stretch.start, stretch.stop, out)
-        for start in range(first, stop, step)
-    ]
-
-    def work(index: int) -> tuple[dict[str, Tensor], list[float]]:
-        start, stop = pieces[index]
-        one = ready[start // out]
-        weight = flat[start:stop].float().contiguous()
-        tensors, values = one.encoder.rows(weight, codec, one.gram)
-        return tensors, _errors(weight, values, one.gram)
-
-    totals = [0.0] * 4
-    for (start, _), (tensors, errors) in zip(pieces, in_order(work, len(pieces), context.workers), strict=True):
-        for name, tensor in tensors.items():
-            if name in shared:
-                parts[name].copy_(tensor)
-            else:
-                first = (start - stretch.start) // (1 if len(parts[name]) == rows else tile)
-                parts[name][first : first + len(tensor)] = tensor
-        totals = [total + error for total, error in zip(totals, errors, strict=True)]
-    return totals
-
-
-def _encode_whole(rows: Tensor, codec: Codec, ready: list[Ready], parts: dict[str, Tensor]) -> list[float]:
-    """Fill ``parts`` of a stretch whose codec takes all its ``rows`` at once; copies share their mean Gram matrix."""
-    weight = rows.float().contiguous()
-    gram = _mean_gram(ready)
-    tensors, values = ready[0].encoder(weight, codec, gram)
-    for name, tensor in tensors.items():
-        parts[name].copy_(tensor)
-    return _errors(weight, values, gram)
-
-
-def _mean_gram(ready: list[Ready]) -> Gram | None:
-    """One Gram matrix for all copies of a layer, each counting by its tokens."""
-    grams = [one.gram for one in ready if one.gram is not None]
-    if len(grams) < 2:
-        return grams[0] if grams else None
-    tokens = sum(gram.tokens for gram in grams)
-    matrix = torch.zeros_like(grams[0].matrix)
-    for gram in grams:
-        matrix += gram.matrix * (gram.tokens / max(tokens, 1))
-    reaches = [gram.reach for gram in grams if gram.reach is not None]
-    return Gram(matrix, tokens, reach=max(reaches, default=None))
-
-
-def _within_copies(start: int, stop: int, out: int) -> list[tuple[int, int]]:
-    """Rows ``start`` to ``stop`` cut where one copy of ``out`` rows ends and the next begins."""
-    cuts = [start, *range((start // out + 1) * out, stop, out), stop]
-    return list(pairwise(cuts))
-
-
-def _errors(weight: Tensor, values: Tensor, gram: Gram | None) -> list[float]:
-    """``‖E‖²``, ``‖W‖²``, ``tr(E H Eᵀ)``, ``tr(W H Wᵀ)`` of some rows."""
-    error = weight - values
-    sums = [float(error.double().square().sum()), float(weight.double().square().sum())]
-    if gram is None:
-        return [*sums, 0.0, 0.0]
-    return [*sums, *(output_energy(m, gram.matrix) for m in (error, weight))]
