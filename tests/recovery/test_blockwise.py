@@ -96,11 +96,11 @@ def test_rounding_gains_much_on_a_coarse_grid() -> None:
 
 
 @pytest.mark.parametrize("text", ["int2:g32", "lut2:row"])
-def test_gradients_in_bfloat16_tune_as_well(text: str) -> None:
+def test_blocks_run_in_bfloat16_tune_as_well(text: str) -> None:
     block = Block(text, Nearest())
     exact, mixed = (block.tuned(BlockTuning(steps=40, batch=512, rate=0.02, mixed=on)) for on in (False, True))
     assert exact.outputs.dtype == mixed.outputs.dtype == torch.float32
-    assert mixed.before == exact.before
+    assert mixed.before == pytest.approx(exact.before, rel=1e-3)
     assert mixed.after != exact.after
     assert mixed.before - mixed.after > 0.95 * (exact.before - exact.after)
 

@@ -55,6 +55,17 @@ def test_no_row_is_worse_than_its_start_and_most_are_better(text: str, solver: L
     assert bool((losses(weight, codec, other.solve(weight, codec, other.prepare(gram)), gram) <= began * 1.00001).all())
 
 
+@pytest.mark.parametrize("solver", SOLVERS, ids=["rounding", "perturbation"])
+def test_slopes_in_bfloat16_lead_as_far(solver: LearnedRounding) -> None:
+    weight, gram = layer(seed=5)
+    codec, sums = leaf("int2:g64"), []
+    for mixed in (False, True):
+        one = replace(solver, mixed=mixed)
+        sums.append(float(losses(weight, codec, one.solve(weight, codec, one.prepare(gram)), gram).sum()))
+    assert sums[0] != sums[1]
+    assert sums[1] == pytest.approx(sums[0], rel=0.02)
+
+
 def test_more_steps_lower_the_error() -> None:
     weight, gram = layer(seed=4)
     codec, sums = leaf("int2:g64"), []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from tersor.contracts import Shape
+from tersor.contracts import Shape, Solver
 from tersor.recipes.baselines import gptq, uniform
 from tersor.recipes.fit import least_loss
 from tersor.recipes.recipe import Claim, Paper
@@ -28,12 +28,20 @@ def integer_programme(bits: float, shapes: Mapping[str, Shape], loss: Callable[[
     return least_loss(forms, bits, shapes, loss)
 
 
+def _rounding() -> Solver:
+    return LearnedRounding(mixed=True)
+
+
+def _perturbation() -> Solver:
+    return LearnedPerturbation(mixed=True)
+
+
 recipe(
     name="adaround",
     paper=Paper("Up or Down? Adaptive Rounding for Post-Training Quantization", "2004.10568"),
     summary="Each weight goes up or down, softly at first, by gradient descent on its layer's output error.",
     codec=uniform,
-    solver=LearnedRounding,
+    solver=_rounding,
     differs=(
         "The exact gradient under the Gram matrix instead of random batches, so 100 steps instead of 10,000; a scale "
         "for each group, by least squares in the end; no account of the activation function."
@@ -55,7 +63,7 @@ recipe(
     paper=_ADAQUANT,
     summary="A learned perturbation of each weight before rounding, and fitted scales; the same bits for all layers.",
     codec=uniform,
-    solver=LearnedPerturbation,
+    solver=_perturbation,
     differs="Weights only; the exact gradient under the Gram matrix; scales by least squares; no tuning of norms.",
     claims=(
         Claim("More freedom than up or down lowers the loss.", "adaround", (2, 3, 4)),
@@ -68,7 +76,7 @@ recipe(
     paper=_ADAQUANT,
     summary="The same, with 2 to 5 bits for each layer by an integer programme.",
     codec=uniform,
-    solver=LearnedPerturbation,
+    solver=_perturbation,
     plan=integer_programme,
     plan_solver=lambda: ErrorFeedback(refit=False),
     differs=(
@@ -106,7 +114,7 @@ recipe(
     ),
     summary="FP4 whose split of exponent and mantissa is searched for each matrix, with learned rounding.",
     codec=small_float,
-    solver=LearnedRounding,
+    solver=_rounding,
     refine=best_float,
     differs="Language models; weights only; free scales of groups instead of a bias for each tensor.",
     claims=(

@@ -8,6 +8,7 @@ of several iterates, each measured on all the states and as it will be stored; t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -44,8 +45,8 @@ class BlockTuning:
 
     ``steps``: each on about ``batch`` tokens, in whole sequences. ``rate``: of the first one, about ``1 / steps`` as
     published. ``checks``: how often the loss is measured on all states, evenly over the steps and after the last.
-    ``sample``: how many tokens whoever has a text should take of it. ``mixed``: whether gradients of float32 states
-    are computed in bfloat16 where PyTorch holds that safe (autocast); losses never are. ``seed``: of the order of
+    ``sample``: how many tokens whoever has a text should take of it. ``mixed``: whether blocks of float32
+    states are run in bfloat16 where PyTorch holds that safe (autocast); losses never are. ``seed``: of the order of
     sequences.
     """
 
@@ -63,6 +64,10 @@ class BlockTuning:
                 f"{self} cannot be used: there are 0 or more steps, batch, checks and sample are at least 1, and the "
                 f"rate is above 0."
             )
+
+    def precision(self, device: torch.device) -> AbstractContextManager[object]:
+        """What blocks are run in, on one thread."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.mixed)
 
     def rows(self, length: int) -> int:
         """How many sequences of ``length`` tokens make the sample; at least one."""
@@ -104,7 +109,7 @@ def tune_block(
         )
     steps, batch = tuning.steps, min(max(tuning.batch // inputs.shape[1], 1), len(inputs))
     power = float(targets.float().square().mean()) or 1.0
-    best = _measured(run, weights, decode, inputs, targets, workers)
+    best = _measured(run, weights, decode, inputs, targets, tuning, workers)
     before = best.after
     generator = torch.Generator().manual_seed(tuning.seed)
     order = torch.empty(0, dtype=torch.int64)
@@ -114,9 +119,9 @@ def tune_block(
             order = torch.cat([order, torch.randperm(len(inputs), generator=generator)])
         picked, order = order[:batch], order[batch:]
         rate = tuning.rate * (1 - step / steps)
-        _step(run, weights, inputs[picked], targets[picked], rate, mixed=tuning.mixed, workers=workers)
+        _step(run, weights, inputs[picked], targets[picked], rate, tuning, workers)
         if step + 1 in marks:
-            now = _measured(run, weights, decode, inputs, targets, workers)
+            now = _measured(run, weights, decode, inputs, targets, tuning, workers)
             best = now if now.after < best.after else best
     return Tuned(best.tensors, best.outputs, before / power, best.after / power)
 
@@ -127,8 +132,7 @@ def _step(
     inputs: Tensor,
     targets: Tensor,
     rate: float,
-    *,
-    mixed: bool,
+    tuning: BlockTuning,
     workers: int,
 ) -> None:
     names = list(weights)
@@ -138,7 +142,7 @@ def _step(
 
     def slopes(row: int) -> tuple[Tensor, ...]:
         with torch.enable_grad():
-            with torch.autocast(inputs.device.type, torch.bfloat16, enabled=mixed):
+            with tuning.precision(inputs.device):
                 output = run(leaves, inputs[row : row + 1])
             loss = (output.float() - targets[row : row + 1].float()).square().sum()
             return torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
@@ -159,6 +163,7 @@ def _measured(
     decode: Decode,
     inputs: Tensor,
     targets: Tensor,
+    tuning: BlockTuning,
     workers: int,
 ) -> Tuned:
     """The weights as they would be stored, and the mean squared error with them."""
@@ -168,8 +173,8 @@ def _measured(
     values = {name: value.to(inputs.dtype) for name, value in zip(names, decoded, strict=True)}
 
     def work(row: int) -> Tensor:
-        with torch.no_grad():
-            return run(values, inputs[row : row + 1])
+        with torch.no_grad(), tuning.precision(inputs.device):
+            return run(values, inputs[row : row + 1]).to(inputs.dtype)
 
     outputs = torch.cat(list(in_order(work, len(inputs), workers)))
     error = sum(

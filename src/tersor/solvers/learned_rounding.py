@@ -47,12 +47,14 @@ class LearnedFactor:
 class _Learned(Solver):
     """From ``start``, in ``iterations`` steps; a row whose error ``D`` does not become less stays as it was.
 
+    ``mixed``: slopes come from products in bfloat16, which is several times as fast where the processor has them.
     Codecs whose rounding is not nearest of a sorted list (vectors), or a long search, are left to error feedback.
     """
 
     iterations: int = 100
     rate: float = 0.2
     start: Solver = field(default_factory=Nearest)
+    mixed: bool = False
 
     def __post_init__(self) -> None:
         if self.iterations < 0 or not self.rate > 0:
@@ -95,6 +97,7 @@ class LearnedRounding(_Learned):
         spread = (_REACH - 1) / 2
         free = torch.logit((part + spread) / _REACH)
         pull = step * (-2.0 * _REACH / _unit(step, gram))
+        gram = gram.bfloat16() if self.mixed else gram
         # The error is base − cut · wide, where cut is the sigmoid between the values at which it is cut.
         base, wide = weight - low + spread * step, step * _REACH
         adam = Adam(free)
@@ -103,7 +106,7 @@ class LearnedRounding(_Learned):
             torch.sigmoid(free, out=soft)
             torch.clamp(soft, spread / _REACH, (1 + spread) / _REACH, out=cut)
             torch.addcmul(base, cut, wide, value=-1.0, out=error)
-            torch.mm(error, gram, out=slope)
+            _product(error, gram, slope)
             slope.mul_(pull)
             self._penalise(slope, cut.mul(2 * _REACH).sub_(1 + 2 * spread), index)
             # The slope of the sigmoid; where it is cut it would not move again: as in the paper, the cut has none.
@@ -137,6 +140,7 @@ class LearnedPerturbation(_Learned):
         least = _losses(weight, codec, first, gram)
         _, _, step = neighbours(weight, grid)
         slant = step * (-2.0 / _unit(step, gram))
+        coarse = gram.bfloat16() if self.mixed else gram
         moved = codec.values(first, columns)
         inside = (weight - moved).abs() <= 0.5 * step.abs()
         # Where the start is nearest rounding this is the weight itself, as in the paper.
@@ -147,7 +151,7 @@ class LearnedPerturbation(_Learned):
         for index in range(self.iterations):
             codes, values = _rounded(moved, codec, side, grid)
             error = torch.sub(weight, values, out=values)
-            torch.mm(error, gram, out=pull)
+            _product(error, coarse, pull)
             loss = torch.mul(pull, error, out=product).sum(1, dtype=torch.float64)
             rows = (loss < least).nonzero()[:, 0]
             least[rows] = loss[rows]
@@ -158,6 +162,14 @@ class LearnedPerturbation(_Learned):
                 side = codec.refit(weight, Encoded(codes.to(torch.int32), side), gram)
                 grid = codec.grid(side, columns) or grid
         return Encoded(best, best_side)
+
+
+def _product(error: Tensor, gram: Tensor, out: Tensor) -> None:
+    """``error (rows, in)`` times ``gram (in, in)``, in whatever ``gram`` is in, into ``out`` float32."""
+    if gram.dtype == error.dtype:
+        torch.mm(error, gram, out=out)
+    else:
+        out.copy_(error.to(gram.dtype) @ gram)
 
 
 def _rounded(target: Tensor, codec: LeafCodec, side: Side, grid: ScalarGrid) -> tuple[Tensor, Tensor]:
