@@ -125,8 +125,8 @@ def _speed(speed: Row | None) -> list[str]:
         "",
         f"{plain['bits']} bits, groups of {plain['group']}, the same tokens and threads. The whole is passes through "
         "the blocks and Gram matrices too, in PyTorch on both sides; solving is from Gram matrices to codes alone. "
-        "GPTQModel leaves scales as they were chosen at first, and the second row does too; the third refits them by "
-        "least squares in the end, as tersor does unless told otherwise.",
+        "GPTQModel leaves scales as they were chosen at first, and so does the second row (the survey's recipe gptq); "
+        "the third refits them by least squares in the end, which is what compressing does.",
         "",
         "| | whole, s | processor time, s | solving, s | times as fast | by processor time | solving |",
         "|---|---|---|---|---|---|---|",

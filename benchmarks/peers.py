@@ -307,7 +307,7 @@ def run(given: argparse.Namespace) -> None:
             record()
     plain, refitted = (
         bench.ours(name, lambda refit=refit: feedback_speed(compressor, 4, given.group, refit=refit))
-        for name, refit in (("feedback", False), ("feedback refitted", True))
+        for name, refit in (("feedback plain", False), ("feedback refitted", True))
     )
     result["speed"] = speed(result["rows"], plain, refitted)
     sizes = budgets(result["rows"], "file_bytes", "quality")

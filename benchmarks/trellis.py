@@ -4,7 +4,7 @@
 
 Tiles of 256 rows as rings, as layers have them; scales are not counted. The sample is brought to unit power, which
 takes out most of its own error; the standard error that is left is printed. The gap is the rate above Shannon's bound
-for the same mean squared error. Speed is processor time, both searches of a ring included.
+for the same mean squared error. Speed is processor time, all searches of a ring included.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def measure(codec: Trellis, columns: int, context: int) -> str:
     ones = torch.ones(256)
     table = trellis.table_of(bits, window)
     began = time.process_time()
-    path = trellis_search(weight, ones, table, bits=bits, window=window, tile=256, context=context)
+    path = trellis_search(weight, ones, table, bits=bits, window=window, tile=256, context=context, turns=codec.turns)
     seconds = time.process_time() - began
     squares = (weight - table[path.long()]).square().mean(0).double()
     error = float(squares.mean())

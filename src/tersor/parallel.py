@@ -35,14 +35,19 @@ def in_turn(
     most = 4 * workers if waiting is None else waiting
     with ThreadPoolExecutor(workers) as pool:
         begun: deque[tuple[Piece, Future[Result]]] = deque()
-        for piece in pieces:
-            done = None
-            if len(begun) == most:
+        try:
+            for piece in pieces:
+                done = None
+                if len(begun) == most:
+                    first, future = begun.popleft()
+                    done = first, future.result()
+                begun.append((piece, pool.submit(work, piece)))
+                if done is not None:
+                    yield done
+            while begun:
                 first, future = begun.popleft()
-                done = first, future.result()
-            begun.append((piece, pool.submit(work, piece)))
-            if done is not None:
-                yield done
-        while begun:
-            first, future = begun.popleft()
-            yield first, future.result()
+                yield first, future.result()
+        except BaseException:
+            # An error, or nobody wants the rest: what has not begun is not worth waiting for.
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise

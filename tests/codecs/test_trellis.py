@@ -35,10 +35,11 @@ def distortion(error: Tensor, gram: Gram) -> float:
     return float(((error @ gram.matrix) * error).sum())
 
 
-def search(target: Tensor, scale: Tensor, codec: Trellis, *, plain: bool, tile: int, context: int = 24) -> Tensor:
+def search(target: Tensor, scale: Tensor, codec: Trellis, *, plain: bool, tile: int, turns: int = 1) -> Tensor:
     run = reference_trellis.trellis_search if plain else compiled.trellis_search
-    values = trellis.table_of(codec.bits_per_code, codec.window)
-    return run(target, scale, values, bits=codec.bits_per_code, window=codec.window, tile=tile, context=context)
+    bits, window = codec.bits_per_code, codec.window
+    values = trellis.table_of(bits, window)
+    return run(target, scale, values, bits=bits, window=window, tile=tile, context=24, turns=turns)
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -127,8 +128,24 @@ def test_compiled_and_plain_searches_agree(bits: int, window: int) -> None:
     target[:, 4] = 0.0
     target[20:30, 3] = 1e30  # infinite costs end in ties
     for tile in (75, 40, 72):  # the last with 3 rows that do not fill a window
-        args = (target, scale, codec)
-        assert torch.equal(search(*args, plain=False, tile=tile), search(*args, plain=True, tile=tile))
+        for turns in (1, 2, 3):
+            found, wanted = (search(target, scale, codec, plain=on, tile=tile, turns=turns) for on in (False, True))
+            assert torch.equal(found, wanted)
+
+
+@given(key=st.sampled_from([key for key in KEYS if key[1] <= 10]), rows=st.integers(1, 90), seed=st.integers(0, 2**31))
+@settings(max_examples=30, deadline=None)
+def test_more_turns_around_the_ring_lose_no_more(key: tuple[int, int], rows: int, seed: int) -> None:
+    codec, target = Trellis(*key), gaussian(rows, 4, seed)
+    scale = torch.linspace(0.5, 1.5, rows)
+    values = trellis.table_of(*key)
+    losses = []
+    for turns in (1, 2, 3):
+        path = search(target, scale, codec, plain=False, tile=rows, turns=turns)
+        assert torch.equal(reference_trellis.states(path & (2 ** key[0] - 1), *key, rows), path)
+        losses.append((target - values[path.long()] * scale[:, None]).square().sum(0))
+    assert (losses[1] <= losses[0] * 1.00001).all()
+    assert (losses[2] <= losses[1] * 1.00001).all()
 
 
 @pytest.mark.parametrize(("bits", "window", "rows"), [(1, 8, 16), (2, 8, 8), (1, 8, 7), (2, 8, 3), (4, 10, 2)])

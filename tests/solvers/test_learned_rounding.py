@@ -55,15 +55,20 @@ def test_no_row_is_worse_than_its_start_and_most_are_better(text: str, solver: L
     assert bool((losses(weight, codec, other.solve(weight, codec, other.prepare(gram)), gram) <= began * 1.00001).all())
 
 
+@pytest.mark.parametrize("dominant", [0.0, 300.0])
 @pytest.mark.parametrize("solver", SOLVERS, ids=["rounding", "perturbation"])
-def test_slopes_in_bfloat16_lead_as_far(solver: LearnedRounding) -> None:
+def test_slopes_in_bfloat16_lead_as_far(solver: LearnedRounding, dominant: float) -> None:
     weight, gram = layer(seed=5)
+    # As where a few inputs are a hundred times all others: what errors put out in that direction must all but cancel.
+    direction = torch.nn.functional.normalize(torch.randn(IN, generator=torch.Generator().manual_seed(6)), dim=0)
+    power = dominant**2 * float(gram.matrix.diagonal().mean())
+    gram = Gram(gram.matrix + power * torch.outer(direction, direction), gram.tokens)
     codec, sums = leaf("int2:g64"), []
     for mixed in (False, True):
         one = replace(solver, mixed=mixed)
         sums.append(float(losses(weight, codec, one.solve(weight, codec, one.prepare(gram)), gram).sum()))
     assert sums[0] != sums[1]
-    assert sums[1] == pytest.approx(sums[0], rel=0.02)
+    assert sums[1] == pytest.approx(sums[0], rel=0.05)
 
 
 def test_more_steps_lower_the_error() -> None:

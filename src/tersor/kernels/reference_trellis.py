@@ -16,7 +16,7 @@ _PATHS = 1 << 20
 
 
 def trellis_search(
-    target: Tensor, scale: Tensor, values: Tensor, *, bits: int, window: int, tile: int, context: int
+    target: Tensor, scale: Tensor, values: Tensor, *, bits: int, window: int, tile: int, context: int, turns: int = 1
 ) -> Tensor:
     """States ``(rows, n)`` int32 of paths that come near to ``target (rows, n)`` in ``Σ (target − scale · value)²``.
 
@@ -27,7 +27,8 @@ def trellis_search(
 
     The exact optimum over the ring would take one search for each state. Instead a free search over ``context`` rows
     to either side of the seam says which state to go through there, and a second one finds the best path that begins
-    and ends in it. Costs are sums of squares in the order of the rows; ties go to the lowest state.
+    and ends in it. With more ``turns``, each further one finds the best path through the state where the last one is
+    on the far side of the ring. Costs are sums of squares in the order of the rows; ties go to the lowest state.
     """
     path = torch.empty(target.shape, dtype=torch.int32)
     for start in range(0, len(target), tile):
@@ -36,7 +37,7 @@ def trellis_search(
         if rows * bits < window:
             path[here] = search_short(target[here], scale[here], values, bits, window)
         else:
-            path[here] = _search_tile(target[here], scale[here], values, bits, window, context)
+            path[here] = _search_tile(target[here], scale[here], values, bits, window, context, turns)
     return path
 
 
@@ -85,7 +86,9 @@ def window_map(masks: tuple[int, ...], window: int) -> Tensor:
     return result
 
 
-def _search_tile(target: Tensor, scale: Tensor, values: Tensor, bits: int, window: int, context: int) -> Tensor:
+def _search_tile(
+    target: Tensor, scale: Tensor, values: Tensor, bits: int, window: int, context: int, turns: int
+) -> Tensor:
     rows, columns = target.shape
     groups = 1 << (window - bits)
     around = (torch.arange(2 * context) - context) % rows
@@ -93,6 +96,17 @@ def _search_tile(target: Tensor, scale: Tensor, values: Tensor, bits: int, windo
     seam = _lowest(cost.T)
     for oldest in reversed(back[context:]):
         seam = _previous(seam, oldest, bits, groups)
+    path = _ring(target, scale, values, bits, groups, seam)
+    for turn in range(1, turns):
+        start = rows // 2 if turn % 2 else 0
+        around = (torch.arange(rows) + start) % rows
+        path[around] = _ring(target[around], scale[around], values, bits, groups, path[start - 1].long())
+    return path
+
+
+def _ring(target: Tensor, scale: Tensor, values: Tensor, bits: int, groups: int, seam: Tensor) -> Tensor:
+    """The best paths ``(rows, columns)`` around the ring that begin and end in the states ``seam (columns,)``."""
+    rows, columns = target.shape
     start = torch.full((columns, len(values)), torch.inf).scatter_(1, seam[:, None], 0.0)
     _, back = _forward(target, scale, values, start, bits)
     path = torch.empty(rows, columns, dtype=torch.int32)

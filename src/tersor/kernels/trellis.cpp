@@ -158,9 +158,27 @@ inline size_t previous(const Trellis& t, size_t state, const uint8_t* back) {
     return (static_cast<size_t>(back[group]) << (t.window - t.bits)) | group;
 }
 
+// The best path around a ring of `rows` rows that is in `state` before row `from`; `stride` is between rows.
+void ring(const Trellis& t, const float* target, const float* scale, size_t rows, size_t stride, size_t from,
+          size_t state, Work& w, int32_t* path) {
+    for (size_t i = 0; i < rows; ++i) {
+        const size_t row = (from + i) % rows;
+        w.x[i] = target[row * stride];
+        w.scale[i] = scale[row];
+    }
+    float* cost = w.cost.data();
+    std::fill(cost, cost + t.states, std::numeric_limits<float>::infinity());
+    cost[state] = 0.0f;
+    run(t, w.x.data(), w.scale.data(), rows, 0, cost, w.least.data(), w.back.data());
+    for (size_t i = rows; i-- > 0;) {
+        path[(from + i) % rows * stride] = static_cast<int32_t>(state);
+        state = previous(t, state, w.back.data() + i * t.groups);
+    }
+}
+
 // The states along the path found for one column of a tile of `rows` rows; `stride` is between rows.
 void one_path(const Trellis& t, const float* target, const float* scale, size_t rows, size_t stride, size_t context,
-              Work& w, int32_t* path) {
+              int turns, Work& w, int32_t* path) {
     // First the state at the seam, from a free search over the rows around it.
     for (size_t i = 0; i < 2 * context; ++i) {
         const size_t row = (i + rows - context % rows) % rows;
@@ -172,24 +190,19 @@ void one_path(const Trellis& t, const float* target, const float* scale, size_t 
     run(t, w.x.data(), w.scale.data(), 2 * context, context, cost, w.least.data(), w.back.data());
     size_t state = static_cast<size_t>(std::min_element(cost, cost + t.states) - cost);
     for (size_t i = context; i-- > 0;) state = previous(t, state, w.back.data() + i * t.groups);
-    // Then the best path that begins and ends there.
-    for (size_t i = 0; i < rows; ++i) {
-        w.x[i] = target[i * stride];
-        w.scale[i] = scale[i];
-    }
-    std::fill(cost, cost + t.states, std::numeric_limits<float>::infinity());
-    cost[state] = 0.0f;
-    run(t, w.x.data(), w.scale.data(), rows, 0, cost, w.least.data(), w.back.data());
-    for (size_t i = rows; i-- > 0;) {
-        path[i * stride] = static_cast<int32_t>(state);
-        state = previous(t, state, w.back.data() + i * t.groups);
+    // Then the best path that begins and ends there; and from where that is on the far side of the ring, and so on.
+    ring(t, target, scale, rows, stride, 0, state, w, path);
+    for (int turn = 1; turn < turns; ++turn) {
+        const size_t from = turn % 2 ? rows / 2 : 0;
+        ring(t, target, scale, rows, stride, from, static_cast<size_t>(path[(from + rows - 1) % rows * stride]), w,
+             path);
     }
 }
 
 // What both entry points check and set up for tiles of `rows` rows.
 class Search {
    public:
-    Search(VecF scale, VecF values, int bits, int window, size_t rows, size_t tile, size_t context)
+    Search(VecF scale, VecF values, int bits, int window, size_t rows, size_t tile, size_t context, int turns)
         : states_(size_t{1} << window),
           longest_(std::min(tile, rows)),
           w_{Lines<float>(states_), Lines<float>(states_ >> bits), Lines<float>(states_),
@@ -197,14 +210,15 @@ class Search {
              std::vector<float>(std::max(longest_, 2 * context)), std::vector<float>(std::max(longest_, 2 * context))},
           t_{w_.values.data(), bits, window, states_, states_ >> bits},
           scale_(scale.data()),
-          context_(context) {
+          context_(context),
+          turns_(turns) {
         std::copy(values.data(), values.data() + states_, w_.values.data());
     }
 
     // Column `column` of the `rows` rows from `first` on.
     void operator()(const float* target, size_t first, size_t rows, size_t column, size_t columns, int32_t* path) {
         const size_t at = first * columns + column;
-        one_path(t_, target + at, scale_ + first, rows, columns, context_, w_, path + at);
+        one_path(t_, target + at, scale_ + first, rows, columns, context_, turns_, w_, path + at);
     }
 
     const float* values() { return w_.values.data(); }
@@ -215,25 +229,26 @@ class Search {
     Trellis t_;
     const float* scale_;
     size_t context_;
+    int turns_;
 };
 
-void check(size_t rows, size_t scales, size_t values, int bits, int window, size_t tile, size_t context) {
+void check(size_t rows, size_t scales, size_t values, int bits, int window, size_t tile, size_t context, int turns) {
     require(bits >= 1 && bits <= 4 && window >= 2 * bits && window <= 16, "bits must be 1 to 4, window 2 bits to 16");
     require(values == size_t{1} << window, "values must have one entry a state");
     require(scales == rows, "scale must have one entry a row of target");
-    require(tile >= 1 && context >= 1, "tile and context must be at least 1");
+    require(tile >= 1 && context >= 1 && turns >= 1, "tile, context and turns must be at least 1");
     const size_t last = rows % tile ? rows % tile : tile;
     require(rows == 0 || std::min(last, rows) * static_cast<size_t>(bits) >= static_cast<size_t>(window),
             "a tile must hold a whole window");
 }
 
 void trellis_search(MatF target, VecF scale, VecF values, int bits, int window, size_t tile, size_t context,
-                    OutI path) {
+                    int turns, OutI path) {
     const size_t rows = target.shape(0), columns = target.shape(1);
-    check(rows, scale.shape(0), values.shape(0), bits, window, tile, context);
+    check(rows, scale.shape(0), values.shape(0), bits, window, tile, context, turns);
     require(path.shape(0) == rows && path.shape(1) == columns, "path must have the shape of target");
     nb::gil_scoped_release release;
-    Search search(scale, values, bits, window, rows, tile, context);
+    Search search(scale, values, bits, window, rows, tile, context, turns);
     for (size_t first = 0; first < rows; first += tile)
         for (size_t column = 0; column < columns; ++column)
             search(target.data(), first, std::min(tile, rows - first), column, columns, path.data());
@@ -246,15 +261,15 @@ void push(float change, const float* TERSOR_RESTRICT mixing, float* TERSOR_RESTR
 }
 
 void trellis_in_order(OutF moved, MatF reference, MatF mixing, VecF scale, VecF values, int bits, int window,
-                      size_t tile, size_t context, OutI path, OutF decoded) {
+                      size_t tile, size_t context, int turns, OutI path, OutF decoded) {
     const size_t rows = moved.shape(0), columns = moved.shape(1);
-    check(rows, scale.shape(0), values.shape(0), bits, window, tile, context);
+    check(rows, scale.shape(0), values.shape(0), bits, window, tile, context, turns);
     require(path.shape(0) == rows && path.shape(1) == columns, "path must have the shape of moved");
     require(decoded.shape(0) == rows && decoded.shape(1) == columns, "decoded must have the shape of moved");
     require(reference.shape(0) == rows && reference.shape(1) == columns, "reference must have the shape of moved");
     require(mixing.shape(0) == columns && mixing.shape(1) == columns, "mixing must be columns x columns");
     nb::gil_scoped_release release;
-    Search search(scale, values, bits, window, rows, tile, context);
+    Search search(scale, values, bits, window, rows, tile, context, turns);
     for (size_t first = 0; first < rows; first += tile) {
         const size_t count = std::min(tile, rows - first);
         for (size_t j = 0; j < columns; ++j) {
@@ -275,8 +290,9 @@ void trellis_in_order(OutF moved, MatF reference, MatF mixing, VecF scale, VecF 
 NB_MODULE(_trellis, module) {
     module.doc() = "Compiled trellis search; see tersor.kernels.reference_trellis for what it computes.";
     module.def("trellis_search", &trellis_search, nb::arg("target"), nb::arg("scale"), nb::arg("values"),
-               nb::arg("bits"), nb::arg("window"), nb::arg("tile"), nb::arg("context"), nb::arg("path"));
+               nb::arg("bits"), nb::arg("window"), nb::arg("tile"), nb::arg("context"), nb::arg("turns"),
+               nb::arg("path"));
     module.def("trellis_in_order", &trellis_in_order, nb::arg("moved"), nb::arg("reference"), nb::arg("mixing"),
                nb::arg("scale"), nb::arg("values"), nb::arg("bits"), nb::arg("window"), nb::arg("tile"),
-               nb::arg("context"), nb::arg("path"), nb::arg("decoded"));
+               nb::arg("context"), nb::arg("turns"), nb::arg("path"), nb::arg("decoded"));
 }

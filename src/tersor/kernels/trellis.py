@@ -17,12 +17,12 @@ compiled: bool = _trellis is not None
 
 
 def trellis_search(
-    target: Tensor, scale: Tensor, values: Tensor, *, bits: int, window: int, tile: int, context: int
+    target: Tensor, scale: Tensor, values: Tensor, *, bits: int, window: int, tile: int, context: int, turns: int = 1
 ) -> Tensor:
     """See :func:`tersor.kernels.reference_trellis.trellis_search`; one thread, the interpreter lock released."""
     if _trellis is None:
         return reference_trellis.trellis_search(
-            target, scale, values, bits=bits, window=window, tile=tile, context=context
+            target, scale, values, bits=bits, window=window, tile=tile, context=context, turns=turns
         )
     rows = target.shape[0]
     path = torch.empty(target.shape, dtype=torch.int32)
@@ -33,10 +33,10 @@ def trellis_search(
     if long:
         # NumPy views cross into C++ in a fraction of the time that tensors take, and this is called for every column.
         arrays = (target[:long].numpy(), scale[:long].numpy(), values.numpy())
-        _trellis.trellis_search(*arrays, bits, window, tile, context, path[:long].numpy())
+        _trellis.trellis_search(*arrays, bits, window, tile, context, turns, path[:long].numpy())
     if long < rows:
         path[long:] = reference_trellis.trellis_search(
-            target[long:], scale[long:], values, bits=bits, window=window, tile=tile, context=context
+            target[long:], scale[long:], values, bits=bits, window=window, tile=tile, context=context, turns=turns
         )
     return path
 
@@ -52,6 +52,7 @@ def trellis_in_order(
     window: int,
     tile: int,
     context: int,
+    turns: int = 1,
 ) -> tuple[Tensor, Tensor] | None:
     """States and values, both ``(rows, n)``, of the columns of ``target`` searched one after the other.
 
@@ -65,5 +66,5 @@ def trellis_in_order(
     moved = target.clone(memory_format=torch.contiguous_format)
     path, decoded = torch.empty(target.shape, dtype=torch.int32), torch.empty(target.shape)
     given = [tensor.contiguous().numpy() for tensor in (reference, mixing, scale, values)]
-    _trellis.trellis_in_order(moved.numpy(), *given, bits, window, tile, context, path.numpy(), decoded.numpy())
+    _trellis.trellis_in_order(moved.numpy(), *given, bits, window, tile, context, turns, path.numpy(), decoded.numpy())
     return path, decoded

@@ -80,7 +80,7 @@ class Encoder:
                 self._transformed[id(gram), key] = (gram, make())
             return self._transformed[id(gram), key][1]
 
-    def foresee(self, codec: Codec, gram: Gram | None) -> None:
+    def foresee(self, codec: Codec, gram: Gram) -> None:
         """Do in advance what a leaf will ask of its Gram matrix; others say what they need when they are encoded."""
         if isinstance(codec, LeafCodec):
             self.prepared(gram, codec.span)

@@ -47,7 +47,8 @@ class LearnedFactor:
 class _Learned(Solver):
     """From ``start``, in ``iterations`` steps; a row whose error ``D`` does not become less stays as it was.
 
-    ``mixed``: slopes come from products in bfloat16, which is several times as fast where the processor has them.
+    ``mixed``: slopes come from products in bfloat16, which is several times as fast where the processor has them. That
+    no row becomes worse is checked in float32.
     Codecs whose rounding is not nearest of a sorted list (vectors), or a long search, are left to error feedback.
     """
 
@@ -128,7 +129,8 @@ class LearnedRounding(_Learned):
 class LearnedPerturbation(_Learned):
     """AdaQuant: a perturbation of each weight, in steps of the grid; scales by least squares ``refits`` times.
 
-    ``rate`` falls to zero linearly. The best codes of each row among all steps are kept.
+    ``rate`` falls to zero linearly. The best codes of each row among all steps are kept, by losses in the precision of
+    the slopes.
     """
 
     rate: float = 0.02

@@ -235,23 +235,24 @@ def _encode_layers(
 ) -> Iterator[tuple[Layer, Coded]]:
     """Encode layers of a block; those that read the same input come one after the other and share a factor.
 
-    The group with most weights comes first: while it is encoded the widest Gram matrix is factored.
+    The group with most weights comes first: while it is encoded there is time to factor what is next, which is often
+    the widest Gram matrix.
     """
     give_back()
     groups: dict[str, list[Layer]] = {}
     for layer in weights:
         groups.setdefault(layer.inputs, []).append(layer)
-    orders = []
-    for layers in sorted(groups.values(), key=lambda layers: -sum(layer.parameters for layer in layers)):
+
+    def orders(layers: list[Layer]) -> list[Order]:
         first = layers[0]
         ready = [_ready(context, sums.gram(first, copy), first.name) for copy in range(first.copies)]
-        orders.append(
-            [
-                Order(layer, codecs[layer.name], partial(_source_weight, context, layer, weights[layer]), ready)
-                for layer in layers
-            ]
-        )
-    return encode_layers(orders, context.workers)
+        return [
+            Order(layer, codecs[layer.name], partial(_source_weight, context, layer, weights[layer]), ready)
+            for layer in layers
+        ]
+
+    largest_first = sorted(groups.values(), key=lambda layers: -sum(layer.parameters for layer in layers))
+    return encode_layers(map(orders, largest_first), context.workers)
 
 
 def _source_weight(context: Context, layer: Layer, held: Tensor) -> Tensor:

@@ -7,11 +7,13 @@ chunks of one layer after the other make one queue.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
+from threading import Lock
 from typing import Any
 
 import torch
@@ -26,7 +28,11 @@ from tersor.stages.weights import is_finite
 from tersor.statistics.outputs import output_energy
 
 _FORESEEN = 4096
-"""Inputs of a Gram matrix up to which it is factored while others are in use: that takes twice its own memory."""
+"""Inputs of a Gram matrix up to which it is factored while others are in use: that takes twice its own memory, and half
+of that stays until it is needed."""
+_AT_ONCE = 1 << 24
+"""Weights of a layer that is encoded as a whole up to which several of them are at the same time."""
+_LARGE = Lock()
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,9 @@ class _Begun:
     def coded(self) -> Coded:
         layer, ready = self.order.layer, self.order.ready
         notes = {one.note for one in ready if one.note}
-        notes |= {f"{layer.name}: {note}" for one in ready for note in one.encoder.notes}
+        if not isinstance(self.order.codec, DirectCodec):
+            # The encoder is shared: others that read the same input may already be at work with it.
+            notes |= {f"{layer.name}: {note}" for one in ready for note in one.encoder.notes}
         totals = [sum(column) for column in zip(*self.errors, strict=True)] or [0.0] * 4
         record = {**summary(totals), "notes": sorted(notes)}
         return Coded(self.weight, self.parts, record, ready[0].gram if layer.copies == 1 else None)
@@ -94,30 +102,37 @@ class _Piece:
         return self.work() if self.work is not None else ({}, [])
 
 
-def encode_layers(groups: Sequence[Sequence[Order]], workers: int) -> Iterator[tuple[Layer, Coded]]:
+def encode_layers(groups: Iterable[Sequence[Order]], workers: int) -> Iterator[tuple[Layer, Coded]]:
     """Encode layers, in order. Each group is of layers that read the same input, and so share what is ``ready``.
 
-    Factoring a Gram matrix is the work of one thread, and takes the longer the wider it is: a thread beside the workers
-    does it for the groups that are still to come. Bytes do not depend on ``workers``.
+    Factoring a Gram matrix is the work of one thread, and takes the longer the wider it is: while a group is encoded, a
+    thread beside the workers does it for the next if that is to be in a leaf codec. ``groups`` are asked for one ahead,
+    and let go of when they are encoded. Bytes do not depend on ``workers``.
     """
     with ThreadPoolExecutor(1) as behind:
-        if workers > 1:
-            for order, ready in _worth_foreseeing(groups[1:]):
-                behind.submit(ready.encoder.foresee, order.codec, ready.gram)
-        pieces = (piece for group in groups for order in group for piece in _pieces(order))
-        for piece, (tensors, errors) in in_turn(pieces, _Piece.__call__, workers):
-            if piece.store is None:
-                yield piece.begun.order.layer, piece.begun.coded()
-            else:
-                piece.store(tensors)
-                piece.begun.errors.append(errors)
+        pieces = (piece for group in _ahead(groups, behind, workers) for order in group for piece in _pieces(order))
+        try:
+            for piece, (tensors, errors) in in_turn(pieces, _Piece.__call__, workers):
+                if piece.store is None:
+                    yield piece.begun.order.layer, piece.begun.coded()
+                else:
+                    piece.store(tensors)
+                    piece.begun.errors.append(errors)
+        finally:
+            behind.shutdown(wait=False, cancel_futures=True)
 
 
-def _worth_foreseeing(groups: Sequence[Sequence[Order]]) -> list[tuple[Order, Ready]]:
-    """The first layer of each group with what it is encoded with, where factoring can be done early; widest first."""
-    found = [(group[0], ready) for group in groups for ready in group[0].ready]
-    found = [(order, ready) for order, ready in found if order.layer.shape[1] <= _FORESEEN and ready.gram is not None]
-    return sorted(found, key=lambda pair: -pair[0].layer.shape[1])
+def _ahead(groups: Iterable[Sequence[Order]], behind: ThreadPoolExecutor, workers: int) -> Iterator[Sequence[Order]]:
+    """The groups. From the beginning of each the next one's Gram matrix is factored, if it is one and not too wide."""
+    coming = iter(groups)
+    following = next(coming, None)
+    while following is not None:
+        group, following = following, next(coming, None)
+        if workers > 1 and following is not None and len(following[0].ready) == 1:
+            ready = following[0].ready[0]
+            if ready.gram is not None and len(ready.gram.matrix) <= _FORESEEN:
+                behind.submit(ready.encoder.foresee, following[0].codec, ready.gram)
+        yield group
 
 
 def _pieces(order: Order) -> Iterator[_Piece]:
@@ -171,10 +186,11 @@ def _by_rows(begun: _Begun, stretch: Stretch, parts: dict[str, Tensor]) -> Itera
 
 def _encode_whole(rows: Tensor, codec: Codec, ready: list[Ready]) -> tuple[dict[str, Tensor], list[float]]:
     """A stretch whose codec takes all its ``rows`` at once; copies share their mean Gram matrix."""
-    weight = rows.float().contiguous()
-    gram = _mean_gram(ready)
-    tensors, values = ready[0].encoder(weight, codec, gram)
-    return tensors, errors_of(weight, values, gram)
+    with _LARGE if rows.numel() > _AT_ONCE else nullcontext():
+        weight = rows.float().contiguous()
+        gram = _mean_gram(ready)
+        tensors, values = ready[0].encoder(weight, codec, gram)
+        return tensors, errors_of(weight, values, gram)
 
 
 def _store_whole(parts: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:

@@ -6,6 +6,7 @@ import copy
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from tersor.parallel import in_order
 from tersor.recovery import BlockTuning, Run, Tunable, Tuned, as_tunable
 from tersor.runtime.stream import BlockStream
 from tersor.stages.context import Context
+from tersor.stages.verify import advance_states
 from tersor.statistics.outputs import output_energy
 
 
@@ -66,7 +68,8 @@ class BlockTuner:
         ``states (n, length, width)``: what reaches the block in the compressed model, for the same sequences.
         """
         workers = self._context.workers
-        self.reference = self._advanced(module, block)
+        precision = partial(self._tuning.precision, states.device)
+        self.reference = advance_states(self._stream, module, block, self.reference, workers, precision)
         by_name = {piece.name: piece for piece in pieces}
         weights: dict[str, Tunable] = {}
         for name, piece in by_name.items():
@@ -88,16 +91,6 @@ class BlockTuner:
         found = list(in_order(lambda at: _finished(pieces[at], tuned.tensors), len(pieces), workers))
         self._check(found, pieces)
         return found, tuned
-
-    def _advanced(self, module: nn.Module, block: int) -> list[Tensor]:
-        """What the original block makes of what reaches it."""
-
-        def work(index: int) -> Tensor:
-            states = self.reference[index]
-            with torch.no_grad(), self._tuning.precision(states.device):
-                return self._stream.run(module, block, states).to(states.dtype)
-
-        return list(in_order(work, len(self.reference), self._context.workers))
 
     def _runner(self, module: nn.Module, block: int, pieces: Mapping[str, Piece], fixed: set[str]) -> Run:
         """The block with other weights. Every thread has a module of its own: putting weights in changes it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -135,13 +136,18 @@ def final_states(
 
 
 def advance_states(
-    stream: BlockStream, module: torch.nn.Module, block: int, states: list[Tensor], workers: int
+    stream: BlockStream,
+    module: torch.nn.Module,
+    block: int,
+    states: list[Tensor],
+    workers: int,
+    precision: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> list[Tensor]:
-    """Hidden states in pieces, after one more block."""
+    """Hidden states in pieces, after one more block. ``precision()``: what a thread runs it in."""
 
     def work(index: int) -> Tensor:
-        with torch.no_grad():
-            return stream.run(module, block, states[index])
+        with torch.no_grad(), precision():
+            return stream.run(module, block, states[index]).to(states[index].dtype)
 
     return list(in_order(work, len(states), workers))
 
