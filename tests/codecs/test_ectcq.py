@@ -14,10 +14,12 @@ from torch import Tensor
 from tersor.artifact import decoder_numpy_ectcq as plain
 from tersor.codecs import parse
 from tersor.codecs.ectcq import EntropyCodedTrellis
-from tersor.contracts import Gram
+from tersor.codecs.ectcq_leaf import TrellisGrid
+from tersor.contracts import Gram, LeafCodec
 from tersor.errors import BadInput, ShapeMismatch
 from tersor.kernels import coded
 from tersor.solvers import CoordinateDescent, Encoder, ErrorFeedback, Nearest
+from tersor.solvers.sequential import sequential_round
 
 NAMES = {torch.uint8: "U8", torch.float32: "F32"}
 
@@ -213,3 +215,28 @@ def test_layers_too_small_for_the_rate_are_refused() -> None:
         EntropyCodedTrellis(500).parts((128, 2))
     with pytest.raises(BadInput, match=r"without a trellis rates begin at 0\.9"):
         EntropyCodedTrellis(800, 1)
+
+
+@pytest.mark.skipif(not coded.compiled, reason="nothing was compiled")
+@pytest.mark.parametrize("states", [1, 8, 64])
+@pytest.mark.parametrize("shape", [(1, 3), (33, 20), (300, 64)])
+def test_columns_in_order_are_searched_at_once_with_the_same_bits(
+    states: int, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, gram = correlated(*shape)
+    weight[0, 0] = math.inf  # as far as numbers go
+    codec = TrellisGrid(states, -0.5, 24, 0.36)
+    side = codec.prepare(correlated(*shape)[0])
+    columns = torch.randperm(shape[1], generator=torch.Generator().manual_seed(1))
+    mixing = (gram.matrix / gram.matrix.diagonal().max()).triu(1).contiguous()
+
+    def searched() -> tuple[Tensor, Tensor]:
+        given = {"reference": weight.nan_to_num(0.0), "mixing": mixing, "columns": columns, "in_features": shape[1]}
+        return sequential_round(codec, side, weight.clone(), **given)  # type: ignore[arg-type]
+
+    assert codec.round_all(weight, side, columns, weight, mixing) is not None
+    at_once = searched()
+    monkeypatch.setattr(TrellisGrid, "round_all", LeafCodec.round_all)
+    step_by_step = searched()
+    assert torch.equal(at_once[0], step_by_step[0])
+    assert torch.equal(at_once[1], step_by_step[1])

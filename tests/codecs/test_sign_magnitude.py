@@ -175,3 +175,15 @@ def test_the_numpy_decoder_refuses_what_cannot_be() -> None:
         by_numpy.parts("bitstack2:k1:fast", 3, 8)
     with pytest.raises(ValueError, match="rank of 9 is more than 8"):
         by_numpy.parts("bitstack2:k9", 3, 8)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_growing_stack_is_what_shorter_stacks_are(plain: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, gram = torch.randn(24, 32, generator=generator), Gram(torch.diag(torch.arange(1.0, 33.0)), 64)
+    encoder = Encoder(ErrorFeedback())
+    for stages, (tensors, values) in enumerate(BitStack(4, 2, plain).growing(weight, gram, encoder), 1):
+        expected, decoded = encoder(weight, BitStack(stages, 2, plain), gram)
+        assert torch.equal(values, decoded)
+        assert tensors.keys() == expected.keys()
+        assert all(torch.equal(tensors[name], expected[name]) for name in expected)

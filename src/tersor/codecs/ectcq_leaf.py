@@ -211,6 +211,26 @@ class TrellisGrid(LeafCodec):
         ).T.contiguous()
         return codes, steps.values(codes, columns)
 
+    def round_all(
+        self, target: Tensor, side: Side, columns: Tensor, reference: Tensor, mixing: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        steps = _steps(side)
+        return coded.path_in_order(
+            target,
+            reference,
+            mixing,
+            steps.step(columns),
+            _FARTHEST,
+            side["price_column"][columns],
+            steps.row[:, 0],
+            steps.level[columns],
+            int(steps.shift),
+            side["price"],
+            side["shrink"],
+            side["low"],
+            self.states,
+        )
+
     def values(self, encoded: Encoded, in_features: int) -> Tensor:
         return _steps(encoded.side).values(encoded.codes)
 

@@ -14,19 +14,19 @@ rank. A stage depends on those before it alone, so a stack may be cut after any 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from tersor import kernels
 from tersor.codecs.packing import pack, packed_width, unpack
 from tersor.codecs.refit import least_squares
 from tersor.codecs.text import Words, reads
 from tersor.contracts import CompositeCodec, Encode, Encoded, Gram, LeafCodec, Part, ScalarGrid, Shape, Side
 from tersor.errors import BadInput, ShapeMismatch
 
+MOST_STAGES = 8
 _SPARE = 8
 """Directions, at least, that the search for singular vectors carries beyond those it is asked for."""
 _PASSES = 12
@@ -47,8 +47,8 @@ class BitStack(CompositeCodec):
     plain: bool = False
 
     def __post_init__(self) -> None:
-        if not 1 <= self.stages <= 8:
-            raise BadInput(f"Codec bitstack{self.stages} does not exist: a stack has 1 to 8 stages.")
+        if not 1 <= self.stages <= MOST_STAGES:
+            raise BadInput(f"Codec bitstack{self.stages} does not exist: a stack has 1 to {MOST_STAGES} stages.")
         if not 1 <= self.rank <= 65536:
             raise BadInput(f"Codec bitstack{self.stages}:k{self.rank} does not exist: the rank is at least 1.")
 
@@ -71,6 +71,11 @@ class BitStack(CompositeCodec):
         return stages if self.plain else (*stages, Part("scale", torch.float16, (columns,), shared=True))
 
     def encode(self, weight: Tensor, gram: Gram | None, encode: Encode) -> tuple[dict[str, Tensor], Tensor]:
+        *_, last = self.growing(weight, gram, encode)
+        return last
+
+    def growing(self, weight: Tensor, gram: Gram | None, encode: Encode) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """What :meth:`encode` returns, of a stack of one stage, of two, and so on up to this one's."""
         tensors: dict[str, Tensor] = {}
         if not self.plain:
             tensors["scale"] = _scale(weight.shape[1], gram)
@@ -87,8 +92,7 @@ class BitStack(CompositeCodec):
             found, values = encode(left_over, SignedMagnitudes(self.rank), gram)
             tensors.update({f"{name}{stage}": tensor for name, tensor in found.items()})
             total = values if total is None else total + values
-        assert total is not None
-        return tensors, total if self.plain else total * tensors["scale"].to(torch.float32)
+            yield dict(tensors), total if self.plain else total * tensors["scale"].to(torch.float32)
 
     def decode(self, tensors: Mapping[str, Tensor], shape: Shape) -> Tensor:
         rows, columns = tensors["signs0"].shape[0], shape[1]
@@ -141,15 +145,18 @@ class SignedMagnitudes(LeafCodec):
         return ScalarGrid(self._product(side).abs(), None, torch.tensor([[-1.0, 1.0]]), 2, 1)
 
     def round(self, target: Tensor, side: Side, columns: Tensor) -> tuple[Tensor, Tensor]:
-        return kernels.nearest(target, self.grid(side, 0), columns)
+        # Of two values on either side of zero, the nearest is that of the target's sign.
+        codes = target > 0
+        size = self._product(side, columns).abs()
+        return codes.to(torch.int32), torch.where(codes, size, -size)
 
     def values(self, encoded: Encoded, in_features: int) -> Tensor:
         size = self._product(encoded.side).abs()
         return torch.where(encoded.codes > 0, size, -size)
 
-    def _product(self, side: Side) -> Tensor:
+    def _product(self, side: Side, columns: Tensor | slice = slice(None)) -> Tensor:
         """``left · right``, term by term: the same bits whatever rows are decoded together, and without torch too."""
-        left, right = side["left"], self._learned()
+        left, right = side["left"], self._learned()[:, columns]
         size = left[:, :1] * right[0]
         for index in range(1, self.rank):
             size = size + left[:, index : index + 1] * right[index]

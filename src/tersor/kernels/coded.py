@@ -88,6 +88,40 @@ def path(
     return codes
 
 
+def path_in_order(
+    target: Tensor,
+    reference: Tensor,
+    mixing: Tensor,
+    step: Tensor,
+    most: float,
+    price_of_column: Tensor,
+    row: Tensor,
+    level: Tensor,
+    shift: int,
+    price: Tensor,
+    shrink: Tensor,
+    low: Tensor,
+    states: int,
+) -> tuple[Tensor, Tensor] | None:
+    """Grid numbers int32 and values, both ``(rows, n)``, of the columns of ``target`` searched one after the other.
+
+    ``step (n,)``: of columns; targets go to ``most`` of them. After column ``j``, ``target_k += (value_j -
+    reference_j) * mixing_jk`` for the columns ``k`` after it, as :func:`tersor.solvers.sequential.sequential_round`
+    does, to the bit. None where it was not compiled. The rest is as in :func:`path`.
+    """
+    if _coded is None:
+        return None
+    moved = target.clone(memory_format=torch.contiguous_format).float()
+    codes, decoded = torch.empty(target.shape, dtype=torch.int32), torch.empty(target.shape)
+    given = map(_float, (reference, mixing, step))
+    prices = torch.ones(len(target)), _float(price_of_column)
+    tables = _float(price), _float(shrink), _int(low)
+    _coded.path_in_order(
+        moved, *given, most, *prices, _int(row), _int(level), shift, *tables, *TRELLISES[states], codes, decoded
+    )
+    return codes, decoded
+
+
 def encode(codes: Tensor, classes: Tensor, frequency: Tensor, low: Tensor, nbytes: int) -> tuple[Tensor, int]:
     """:func:`encode_in` where the class of a column, ``classes (columns,)``, is the context of all its numbers."""
     return encode_in(codes, Contexts(classes, frequency, low), nbytes)

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <stdexcept>
 #include <vector>
 
@@ -22,6 +23,7 @@ using CubeF = nb::ndarray<const float, nb::ndim<3>, nb::c_contig, nb::device::cp
 using VecF = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using VecI = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using OutI = nb::ndarray<int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using OutF = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 constexpr int SYMBOLS = 32, REACH = 15, SHRINKS = 5, RENORM = 256;
 
@@ -107,33 +109,113 @@ static void column(const float* x, size_t rows, const float* lambda, float weigh
     }
 }
 
-static void path(MatF target, VecF lambda, VecF weight, VecI row, VecI level, int shift, CubeF price, MatF shrink, VecI low,
-                 int states, int h0, int h1, OutI codes) {
-    const size_t columns = target.shape(0), rows = target.shape(1), count = price.shape(0);
-    const bool ok = lambda.shape(0) == rows && weight.shape(0) == columns && row.shape(0) == rows && level.shape(0) == columns && count > 0 &&
-                    price.shape(1) == 2 && price.shape(2) == SYMBOLS && shrink.shape(0) == count &&
-                    shrink.shape(1) == SHRINKS && low.shape(0) == count && codes.shape(0) == columns &&
-                    codes.shape(1) == rows && states >= 1 && states <= 4096 && (states & (states - 1)) == 0 &&
-                    shift >= 0 && shift < 16;
-    if (!ok) throw std::invalid_argument("arguments of a trellis path must have matching shapes");
-    const auto bad = [](int32_t v) { return v < -65536 || v > 65535; };
-    if (std::any_of(row.data(), row.data() + rows, bad) || std::any_of(level.data(), level.data() + columns, bad))
-        throw std::invalid_argument("a level out of range");
+namespace {
+
+// What a search needs for columns of `rows` rows, checked: prices of contexts, the trellis, and room to work in.
+class Search {
+  public:
+    Search(size_t rows, size_t columns, VecF lambda, VecF weight, VecI row, VecI level, int shift, CubeF price, MatF shrink,
+           VecI low, int states, int h0, int h1)
+        : rows_(rows), lambda_(lambda.data()), weight_(weight.data()), row_(row.data()), level_(level.data()), shift_(shift),
+          trellis_((check(rows, columns, lambda, weight, row, level, shift, price, shrink, low, states), states), h0, h1),
+          cost_(states), next_(states), choice_(rows * states), best_(rows * 4) {
+        for (size_t c = 0; c < price.shape(0); ++c)
+            models_.push_back({price.data() + c * 2 * SYMBOLS, shrink.data() + c * SHRINKS, low.data()[c]});
+    }
+
+    // Grid numbers of column `j`, whose targets in units of its step are `x`.
+    void operator()(const float* x, size_t j, int32_t* out) {
+        column(x, rows_, lambda_, weight_[j], row_, level_[j], shift_, models_, trellis_, cost_.data(), next_.data(),
+               choice_.data(), best_.data(), out);
+    }
+
+    // The value, in units of the step, of a number in some row of column `j`.
+    float value(int32_t k, size_t row, size_t j) const {
+        const Model& model = models_[std::clamp((row_[row] + level_[j]) >> shift_, 0, static_cast<int>(models_.size()) - 1)];
+        const float pull = model.shrink[std::min(std::abs(k), SHRINKS - 1)];
+        return static_cast<float>(k) - (k > 0 ? pull : k < 0 ? -pull : 0.0f);
+    }
+
+  private:
+    static void check(size_t rows, size_t columns, const VecF& lambda, const VecF& weight, const VecI& row, const VecI& level,
+                      int shift, const CubeF& price, const MatF& shrink, const VecI& low, int states) {
+        const size_t count = price.shape(0);
+        const bool ok = lambda.shape(0) == rows && weight.shape(0) == columns && row.shape(0) == rows &&
+                        level.shape(0) == columns && count > 0 && price.shape(1) == 2 && price.shape(2) == SYMBOLS &&
+                        shrink.shape(0) == count && shrink.shape(1) == SHRINKS && low.shape(0) == count && states >= 1 &&
+                        states <= 4096 && (states & (states - 1)) == 0 && shift >= 0 && shift < 16;
+        if (!ok) throw std::invalid_argument("arguments of a trellis path must have matching shapes");
+        const auto bad = [](int32_t v) { return v < -65536 || v > 65535; };
+        if (std::any_of(row.data(), row.data() + rows, bad) || std::any_of(level.data(), level.data() + columns, bad))
+            throw std::invalid_argument("a level out of range");
+    }
+
+    size_t rows_;
+    const float *lambda_, *weight_;
+    const int32_t *row_, *level_;
+    int shift_;
+    Trellis trellis_;
+    std::vector<float> cost_, next_;
+    std::vector<uint8_t> choice_;
+    std::vector<int32_t> best_;
+    std::vector<Model> models_;
+};
+
+void path(MatF target, VecF lambda, VecF weight, VecI row, VecI level, int shift, CubeF price, MatF shrink, VecI low,
+          int states, int h0, int h1, OutI codes) {
+    const size_t columns = target.shape(0), rows = target.shape(1);
+    if (codes.shape(0) != columns || codes.shape(1) != rows) throw std::invalid_argument("codes must have the shape of target");
     nb::gil_scoped_release release;
-    const Trellis trellis(states, h0, h1);
-    std::vector<Model> models;
-    for (size_t c = 0; c < count; ++c)
-        models.push_back({price.data() + c * 2 * SYMBOLS, shrink.data() + c * SHRINKS, low.data()[c]});
-    std::vector<float> cost(states), next(states);
-    std::vector<uint8_t> choice(rows * states);
-    std::vector<int32_t> best(rows * 4);
-    for (size_t j = 0; j < columns; ++j)
-        column(target.data() + j * rows, rows, lambda.data(), weight.data()[j], row.data(), level.data()[j], shift, models, trellis,
-               cost.data(), next.data(), choice.data(), best.data(), codes.data() + j * rows);
+    Search search(rows, columns, lambda, weight, row, level, shift, price, shrink, low, states, h0, h1);
+    for (size_t j = 0; j < columns; ++j) search(target.data() + j * rows, j, codes.data() + j * rows);
 }
+
+// Column j in units of its step; what is no number is 0.
+void in_steps(const float* moved, size_t rows, size_t columns, size_t j, float step, float most, float* x) {
+    for (size_t t = 0; t < rows; ++t) {
+        const float wanted = moved[t * columns + j] / step;
+        x[t] = std::isnan(wanted) ? 0.0f : std::clamp(wanted, -most, most);
+    }
+}
+
+// What a column's rounding changes, onto the columns after it.
+TERSOR_CLONES
+void push(float change, const float* mixing, float* moved, size_t count) {
+    for (size_t k = 0; k < count; ++k) moved[k] += change * mixing[k];
+}
+
+void path_in_order(OutF moved, MatF reference, MatF mixing, VecF step, float most, VecF lambda, VecF weight, VecI row, VecI level,
+                   int shift, CubeF price, MatF shrink, VecI low, int states, int h0, int h1, OutI codes, OutF decoded) {
+    const size_t rows = moved.shape(0), columns = moved.shape(1);
+    const auto like = [&](const auto& one) { return one.shape(0) == rows && one.shape(1) == columns; };
+    if (!like(reference) || !like(codes) || !like(decoded) || step.shape(0) != columns || mixing.shape(0) != columns ||
+        mixing.shape(1) != columns)
+        throw std::invalid_argument("arguments of a trellis path in order must have matching shapes");
+    nb::gil_scoped_release release;
+    Search search(rows, columns, lambda, weight, row, level, shift, price, shrink, low, states, h0, h1);
+    std::vector<float> x(rows);
+    std::vector<int32_t> found(rows);
+    for (size_t j = 0; j < columns; ++j) {
+        in_steps(moved.data(), rows, columns, j, step.data()[j], most, x.data());
+        search(x.data(), j, found.data());
+        for (size_t t = 0; t < rows; ++t) {
+            const size_t at = t * columns + j;
+            const float value = step.data()[j] * search.value(found[t], t, j);
+            codes.data()[at] = found[t];
+            decoded.data()[at] = value;
+            push(value - reference.data()[at], mixing.data() + j * columns + j + 1, moved.data() + at + 1, columns - j - 1);
+        }
+    }
+}
+
+}  // namespace
 
 void bind_ectcq(nb::module_& module) {
     module.def("path", &path, nb::arg("target"), nb::arg("price_of_row"), nb::arg("price_of_column"), nb::arg("row"), nb::arg("level"),
                nb::arg("shift"), nb::arg("price"), nb::arg("shrink"), nb::arg("low"), nb::arg("states"),
                nb::arg("h0"), nb::arg("h1"), nb::arg("codes"));
+    module.def("path_in_order", &path_in_order, nb::arg("moved"), nb::arg("reference"), nb::arg("mixing"), nb::arg("step"),
+               nb::arg("most"), nb::arg("price_of_row"), nb::arg("price_of_column"), nb::arg("row"), nb::arg("level"),
+               nb::arg("shift"), nb::arg("price"), nb::arg("shrink"), nb::arg("low"), nb::arg("states"), nb::arg("h0"),
+               nb::arg("h1"), nb::arg("codes"), nb::arg("decoded"));
 }

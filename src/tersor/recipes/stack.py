@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from tersor.codecs import BitStack
+from tersor.codecs.sign_magnitude import MOST_STAGES
 from tersor.contracts import Shape
 from tersor.recipes.fit import largest, least_loss
 from tersor.recipes.recipe import Claim, NothingFits, Paper
@@ -16,7 +17,6 @@ _PAPER = Paper(
     "2410.23918",
     "S097",
 )
-_MOST = 8
 _RANK, _WIDTH = 16, 4096
 """The paper's rank, and the width of the layers it is for."""
 
@@ -26,7 +26,7 @@ def _stack(bits: float, shape: Shape, *, scaled: bool = True) -> str:
 
     Scales are left out where they would cost a stage.
     """
-    for stages in range(_MOST, 0, -1):
+    for stages in range(MOST_STAGES, 0, -1):
         for plain in (False, True) if scaled else (True,):
             found = largest(lambda rank, n=stages, p=plain: str(BitStack(n, rank, p)), min(shape), bits, shape)  # type: ignore[misc]
             if found is not None:
@@ -43,7 +43,7 @@ def _sorted(
     stacks = {}
     for name, shape in shapes.items():
         rank = max(round(_RANK * min(shape) / _WIDTH), 1)
-        stacks[name] = [str(BitStack(stages, rank, plain)) for stages in range(1, min(int(bits) + 3, _MOST) + 1)]
+        stacks[name] = [str(BitStack(stages, rank, plain)) for stages in range(1, min(int(bits) + 3, MOST_STAGES) + 1)]
     return least_loss(stacks, bits, shapes, loss)
 
 

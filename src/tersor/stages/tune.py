@@ -18,7 +18,6 @@ from tersor.recovery import BlockTuning, Run, Tunable, Tuned, as_tunable
 from tersor.runtime.stream import BlockStream
 from tersor.stages.context import Context
 from tersor.stages.verify import advance_states
-from tersor.statistics.outputs import output_energy
 
 
 @dataclass(frozen=True)
@@ -39,16 +38,6 @@ class Piece:
     def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The values that stored tensors of this piece stand for."""
         return self.codec.decode(tensors, (self.weight.shape[0], self.weight.shape[1]))
-
-    def error(self) -> float | None:
-        """``tr(E H Eᵀ) / tr(W H Wᵀ)``; None where nothing of the input is known, or there is none."""
-        return None if self.gram is None else relative_error(self.weight, self.values, self.gram)
-
-
-def relative_error(weight: Tensor, values: Tensor, gram: Gram) -> float | None:
-    """``tr(E H Eᵀ) / tr(W H Wᵀ)`` for ``(out, in)`` float32; None when the layer's output is zero anyway."""
-    error, energy = (output_energy(m, gram.matrix) for m in (weight - values, weight))
-    return error / energy if energy > 0 else None
 
 
 class BlockTuner:
@@ -106,7 +95,7 @@ class BlockTuner:
             given = {}
             for layer, names in layers.items():
                 parts = [pieces[name].values.to(states.dtype) if name in fixed else weights[name] for name in names]
-                stacked = torch.cat(parts).reshape(layer.copies, *layer.shape)
+                stacked = (torch.cat(parts) if len(parts) > 1 else parts[0]).reshape(layer.copies, *layer.shape)
                 parameter = layer.parameter.removeprefix(prefix)
                 turned = stacked.transpose(1, 2) if layer.transposed else stacked
                 given[parameter] = turned.reshape(own.module.get_parameter(parameter).shape)

@@ -12,8 +12,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersor.codecs import parse
+from tersor.codecs import BitStack, parse
+from tersor.codecs.sign_magnitude import MOST_STAGES
 from tersor.contracts import Codec, Gram, Layer
 from tersor.errors import TersorError
 from tersor.evaluation.divergence import DivergenceAccumulator
@@ -39,7 +40,14 @@ from tersor.stages.verify import Pair, advance_states, compare_sequence
 from tersor.stages.weight_gradients import load_weight_gradients, measure_weight_gradients
 from tersor.stages.work import Work
 from tersor.statistics.collect import Grams, OutputMoments, collect_grams
-from tersor.survey.blocks import encode_copies, encode_layer, expected_loss, put_values
+from tersor.survey.blocks import (
+    encode_copies,
+    encode_layer,
+    expected_loss,
+    expected_losses,
+    put_values,
+    relative_errors,
+)
 from tersor.survey.records import Outcome
 from tersor.version import __version__
 
@@ -65,11 +73,12 @@ _OF_RECIPES = (
 
 @dataclass(frozen=True)
 class Bench:
-    """A model and its texts. ``key``: digest of all that results depend on."""
+    """A model and its texts. ``key``: digest of all that results depend on. ``energies``: of outputs, once known."""
 
     context: Context
     texts: Texts
     key: str
+    energies: dict[str, float] = field(default_factory=dict)
 
     @property
     def work(self) -> Work:
@@ -212,6 +221,7 @@ def chosen_codecs(
         return {layer: codecs[layer.shape] for layer in bench.layers}
     layers = {layer.name: layer for layer in bench.layers}
     at: list[tuple[int | None, dict[str, Gram], Encoder, OutputMoments]] = []
+    stacks: dict[tuple[str, BitStack], tuple[Iterator[float], list[float]]] = {}
 
     def loss(name: str, text: str) -> float:
         layer = layers[name]
@@ -222,7 +232,18 @@ def chosen_codecs(
             grams = block_grams(bench, layer.block, guided=recipe.guided)
             moments = load_moments(bench.context, layer.block)
             at[:] = [(layer.block, grams, Encoder((recipe.plan_solver or recipe.solver)()), moments)]
-        return expected_loss(bench.context, recipe, layer, parse(text), *at[0][1:])
+        codec = parse(text)
+        if not isinstance(codec, BitStack):
+            return expected_loss(bench.context, recipe, layer, codec, *at[0][1:])
+        # The first stages of a stack are those of a shorter one.
+        whole = replace(codec, stages=MOST_STAGES)
+        if (name, whole) not in stacks:
+            stacks.clear()
+            stacks[name, whole] = expected_losses(bench.context, recipe, layer, whole, *at[0][1:]), []
+        coming, known = stacks[name, whole]
+        while len(known) < codec.stages:
+            known.append(next(coming))
+        return known[codec.stages - 1]
 
     texts = recipe.plan(bits + SIDE, {name: layer.stored_shape for name, layer in layers.items()}, loss)
     found = {layer: parse(texts[name]) for name, layer in layers.items()}
@@ -342,7 +363,7 @@ def _measure(
                         total += used
                         if tuner is None:
                             put_values(weights[layer], layer, found)
-                            errors += [error for piece in found if (error := piece.error()) is not None]
+                            errors += relative_errors(found, bench.energies)
                         else:
                             pieces += found
                         notes.update({f"{layer.name}: {note}": None for note in encoder[1].notes})
@@ -351,7 +372,7 @@ def _measure(
                         reached = tuned.outputs
                         for layer in weights:
                             put_values(weights[layer], layer, [piece for piece in pieces if piece.layer == layer])
-                        errors += [error for piece in pieces if (error := piece.error()) is not None]
+                        errors += relative_errors(pieces, bench.energies)
                     states = advance_states(stream, module, block, states, context.workers)
                 give_back()
                 progress(block + 1)
@@ -374,9 +395,8 @@ def _measure(
 
 def _tuner(bench: Bench, stream: BlockStream, tuning: BlockTuning) -> BlockTuner:
     ids = bench.texts.calibration.ids
-    return BlockTuner(
-        bench.context, stream, tuning, [stream.embed(row[None]) for row in ids[: tuning.rows(ids.shape[1])]]
-    )
+    states = stream.embed(ids[: tuning.rows(ids.shape[1])])
+    return BlockTuner(bench.context, stream, tuning, list(states.split(1)))
 
 
 def _compare(bench: Bench, stream: BlockStream, states: Tensor) -> DivergenceAccumulator:

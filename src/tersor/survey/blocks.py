@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from tersor.codecs import BitStack
 from tersor.contracts import Codec, Gram, Layer
 from tersor.recipes import NothingFits, Recipe
 from tersor.solvers import Encoder
 from tersor.stages.context import Context, oriented
 from tersor.stages.tune import Piece
 from tersor.statistics.collect import OutputMoments
-from tersor.statistics.sensitivity import linear_objective
+from tersor.statistics.outputs import output_energy
+from tersor.statistics.sensitivity import Objective, linear_objective
 
 _SAMPLED_ROWS = 256
 """Rows of a layer whose error stands for that of all, when a plan asks."""
@@ -46,6 +48,21 @@ def encode_copies(
 def put_values(parameter: Tensor, layer: Layer, pieces: Sequence[Piece]) -> None:
     """Decoded values, one piece for each copy in order, in the place of a layer's weights."""
     oriented(parameter, layer).copy_(torch.stack([piece.values for piece in pieces]))
+
+
+def relative_errors(pieces: Sequence[Piece], energies: dict[str, float]) -> list[float]:
+    """``tr(E H Eᵀ) / tr(W H Wᵀ)`` of each piece of which the inputs are known and that puts out anything.
+
+    ``energies``: the denominators by name, which no recipe changes; those that are not there yet are added.
+    """
+    errors = []
+    for piece in pieces:
+        if piece.gram is not None:
+            if piece.name not in energies:
+                energies[piece.name] = output_energy(piece.weight, piece.gram.matrix)
+            if energies[piece.name] > 0:
+                errors.append(output_energy(piece.weight - piece.values, piece.gram.matrix) / energies[piece.name])
+    return errors
 
 
 def encode_layer(
@@ -97,6 +114,33 @@ def expected_loss(
             rows = torch.arange(0, len(source), step)
             weight = source[rows].float().contiguous()
             error = weight - encoder(weight, codec, gram if recipe.calibrated else None)[1]
-            price = linear_objective(gram, moments, layer, number).distortion(error, rows)
-            total += float(price.double().mean()) * len(source)
+            total += _price(error, rows, linear_objective(gram, moments, layer, number)) * len(source)
     return total
+
+
+def expected_losses(
+    context: Context,
+    recipe: Recipe,
+    layer: Layer,
+    stack: BitStack,
+    grams: Mapping[str, Gram],
+    encoder: Encoder,
+    moments: OutputMoments,
+) -> Iterator[float]:
+    """:func:`expected_loss` of the stacks of one stage, of two and so on, each stage encoded once."""
+    grown = []
+    for number, source in enumerate(context.weight(layer)):
+        gram = grams.get(f"{layer.inputs}#{number}")
+        if gram is not None:
+            weight = source.float().contiguous()
+            objective = linear_objective(gram, moments, layer, number)
+            stages = stack.growing(weight, gram if recipe.calibrated else None, encoder)
+            grown.append((weight, torch.arange(len(weight)), objective, stages))
+    for _ in range(stack.stages):
+        yield sum(
+            _price(weight - next(stages)[1], rows, objective) * len(weight) for weight, rows, objective, stages in grown
+        )
+
+
+def _price(error: Tensor, rows: Tensor, objective: Objective) -> float:
+    return float(objective.distortion(error, rows).double().mean())

@@ -104,13 +104,21 @@ def run_survey(request: Request, *, progress: Progress = silent, told: Told | No
     picked = chosen(request.recipes)
     _make_folder(request.output)
     with pipeline.one_thread_each():
-        bench = _open(request, progress)
+        bench = _open(_alone(request), progress)
         measure_shared(bench)
         database = Database(request.output / DATABASE)
         try:
             return _run(request, bench, picked, database, progress, told)
         finally:
             database.close()
+
+
+def _alone(request: Request) -> Request:
+    """The request for when nothing runs beside it, as while what all recipes share is measured."""
+    workers = request.options.workers
+    if workers is None:
+        return request
+    return replace(request, options=replace(request.options, workers=workers * request.processes))
 
 
 def _make_folder(path: Path) -> None:
