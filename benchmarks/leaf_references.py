@@ -110,6 +110,8 @@ def _of_even_levels(codec: Codec, _: str) -> Reference | None:
 
 
 def _of_levels(codec: Codec, _: str) -> Reference | None:
+    if isinstance(codec, LookupTable) and codec.group is not None:
+        return None  # tables fitted to a few weights are nearer to them than Lloyd-Max's
     if isinstance(codec, LookupTable | Ternary):
         levels = 3 if isinstance(codec, Ternary) else 2**codec.bits_per_code
         return Reference("theory: Lloyd-Max", gaussian.lloyd_max(levels))

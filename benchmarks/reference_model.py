@@ -155,7 +155,8 @@ def make(source: Path, target: Path, *, seed: int = 0, wide: bool = False) -> Pa
         metadata={"format": "pt"},
     )
     plain = config.to_dict()
-    plain.pop("quantization_config", None)
+    for name in ("quantization_config", "_name_or_path", "_model_name_or_path"):  # no paths: the same bytes anywhere
+        plain.pop(name, None)
     plain["dtype"] = "bfloat16"
     (target / "config.json").write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n")
     model.generation_config.save_pretrained(target)

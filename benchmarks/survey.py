@@ -59,10 +59,8 @@ def claims(found: Sequence[Verdict], word: str) -> list[str]:
     for one in found:
         if one.word == word:
             ratio = f"{one.ratio:.3g} ({one.low:.3g} to {one.high:.3g})"
-            what = one.claim.baseline + (", output error" if one.claim.metric == "output" else "")
-            lines.append(
-                f"| {one.recipe} | {one.bits:g} | {one.claim.sentence} | {what} | {ratio} | {one.claim.ratio:g} |"
-            )
+            cells = one.recipe, f"{one.bits:g}", one.claim.sentence, one.claim.against, ratio, f"{one.claim.ratio:g}"
+            lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 

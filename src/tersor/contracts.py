@@ -134,7 +134,7 @@ class ScalarGrid:
     ``g = column // group``. Solvers hand this to a compiled loop; codecs that cannot be put so are asked through
     :meth:`LeafCodec.round` instead. Codes are positions in the list, ``0 .. levels - 1``; no scale is 0, few are below.
 
-    ``scale``, ``zero``, ``offset``: ``(rows, in / group)`` float32. ``table``: ``(rows or 1, levels)``, ascending.
+    ``scale``, ``zero``, ``offset``: ``(rows, groups)`` float32. ``table``: ``(rows or 1, levels)``, or one a group.
     """
 
     scale: Tensor

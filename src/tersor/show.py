@@ -446,5 +446,5 @@ def survey_table(survey: Survey) -> None:
     untested = sum(verdict.word == "untested" for verdict in survey.verdicts)
     facts = [("page", str(survey.page)), ("results", f"{survey.database}, {survey.new} of them from this run")]
     if untested:
-        facts.append(("not tested", f"{untested} claims, for want of the recipe or its baseline"))
+        facts.append(("not tested", f"{untested} claims, for want of the recipe, its baseline or their bits"))
     _facts("Survey", facts)

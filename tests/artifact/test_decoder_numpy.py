@@ -31,7 +31,7 @@ leaves = st.one_of(
         lambda t: f"int{t[0]}:{t[1]}{t[2]}{t[3]}"
     ),
     st.tuples(floats, groups, scale_forms).map(lambda t: f"fp{t[0]}:{t[1]}{t[2]}"),
-    st.integers(2, 4).map(lambda bits: f"lut{bits}:row"),
+    st.tuples(st.integers(2, 4), groups).map(lambda t: f"lut{t[0]}:{t[1]}"),
     st.sampled_from(["bf16", "fp16"]),
 )
 
@@ -78,7 +78,9 @@ def random_parts(text: str, shape: tuple[int, int], seed: int) -> dict[str, torc
             top = 0x7C00 if part.dtype == torch.float16 else 0x7F80
             raw[(raw & top) == top] ^= 0x4000  # no infinities or NaN
             tensor = torch.from_numpy(raw.view(np.int16)).view(part.dtype)
-            tensors[part.name] = tensor.sort(dim=1).values if part.name == "table" else tensor
+            if part.name == "table":
+                tensor = tensor.reshape(rows, -1, 2**codec.bits).sort(dim=2).values.flatten(1)
+            tensors[part.name] = tensor
     return tensors
 
 
@@ -163,7 +165,7 @@ def test_command_line(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     [
         *("int0:row", "int9:row", "int4", "int4:g0", "int4:g4:g4", "int4:g4:asym:asym", "int4:g4:bf16:s8"),
         *("fp4:row", "fp4:e2m2:row", "fp5:e2m2:row", "fp8:e0m7:row", "fp8:e6m1:row", "fp4:e2m1:row:asym", "lut5:row"),
-        *("lut3:g4", "lut3", "bf16:row", "", "int4:g4:", "int44:row", "int4:e2m1:row"),
+        *("lut3:g4:s8", "lut3:g0", "lut3", "bf16:row", "", "int4:g4:", "int44:row", "int4:e2m1:row"),
         *("rows(", "rows()", "rows(bf16)", "rows(4:bf16", "rows(4:bf16,)", "rows(0:bf16)", "rows(4:bf16,4:fp16)"),
         *("rows(-4:bf16)", "rows(4:int9:row)", "rows(9:bf16,4:fp16)", "rows(9999999999:bf16)", "rows(4:bf16))"),
         *("rows(4:rows(4:bf16))", "rows(4:rows(2:bf16,4:fp16))", "rows(1:" * 9999 + "bf16" + ")" * 9999),

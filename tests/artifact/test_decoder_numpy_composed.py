@@ -52,6 +52,7 @@ TEXTS = [
     "sum(bitstack2:k1:plain,lowrank2(ternary:row))",
     "rows(16:bitstack1:k3,40:lowrank2(int8:g8))",
     "rows(16:rot(trellis4:L12),40:mxfp4:e2m1:g32)",
+    "rows(16:rot(m2fp4:e2m1:g16),40:sum(m2fp6:e3m2:g32,lowrank2))",
     "rows(20:rot(int5:g32),31:sum(int2:g32,lowrank2),40:bf16)",
 ]
 

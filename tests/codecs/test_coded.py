@@ -217,7 +217,8 @@ def test_damaged_streams_are_refused() -> None:
     ("text", "says"),
     [("coded(int4:row)", "write coded"), ("coded(int4:row):0.2", "0.3 to 9"), ("coded(int4:row):12", "write coded"),
      ("coded(lut3:row):2", "only int, fp and ternary"), ("coded(bf16):2", "only int, fp and ternary"),
-     ("coded(mxfp4:e2m1:g32):2", "only int, fp and ternary"), ("coded(int4:row,int4:row):2", "write coded"),
+     ("coded(mxfp4:e2m1:g32):2", "only int, fp and ternary"),
+     ("coded(m2fp4:e2m1:g32):2", "only int, fp and ternary"), ("coded(int4:row,int4:row):2", "write coded"),
      ("coded(int4:row):2:g64", "write coded"), ("coded", "write coded")],
 )  # fmt: skip
 def test_unreadable_texts_say_why(text: str, says: str) -> None:

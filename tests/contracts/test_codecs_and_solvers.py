@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +16,16 @@ from tersor.codecs.gguf_grids import GRIDS
 from tersor.codecs.gguf_layout import KINDS
 from tersor.contracts import DirectCodec, Encoded, Gram, LeafCodec, Solver
 from tersor.errors import BadInput, NotPositiveDefinite, ShapeMismatch
-from tersor.solvers import CoordinateDescent, ErrorFeedback, LearnedPerturbation, LearnedRounding, Nearest
+from tersor.solvers import (
+    Alternating,
+    CoordinateDescent,
+    ErrorFeedback,
+    FullRange,
+    HalfQuadratic,
+    LearnedPerturbation,
+    LearnedRounding,
+    Nearest,
+)
 
 LEAVES = [
     "int1:g32",
@@ -35,6 +47,9 @@ LEAVES = [
     "lut2:row",
     "lut3:row",
     "lut4:row",
+    "lut2:g32",
+    "lut3:g64",
+    "lut4:g96",
     "ternary:g64",
     "ternary:row:bf16",
     "ternary:g32:s8",
@@ -50,6 +65,8 @@ LEAVES = [
     "sint8:row:bf16",
     "nvfp4:s9",
     "mxfp6:e3m2:g64",
+    "m2fp4:e2m1:g32",
+    "m2fp6:e2m3:g64",
     "e8p:row",
     "pvq2:n16",
     "pvq2:n24",
@@ -63,11 +80,18 @@ LEAVES = [
 SOLVERS: list[Solver] = [
     Nearest(),
     ErrorFeedback(),
-    ErrorFeedback(order="activation"),
+    ErrorFeedback(order="natural", refit=False),
     CoordinateDescent(sweeps=2),
+    CoordinateDescent(sweeps=3, begin="weights", relaxed=True),
+    Alternating(rounds=2),
     LearnedRounding(iterations=40),
+    LearnedRounding(iterations=40, mixed=True),
     LearnedPerturbation(iterations=40),
 ]
+FISHER = Nearest(fisher=True)
+BLIND: list[Solver] = [FullRange(), HalfQuadratic(), FISHER]
+"""Those that do not look at the Gram matrix, so that nothing can be said of the error that it measures. They refuse
+codecs without the scales that they fit."""
 IN = 192
 
 
@@ -87,7 +111,8 @@ def correlated(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Gram]:
     mix = torch.randn(columns, columns, generator=generator) * torch.linspace(2, 0.05, columns)
     x = torch.randn(4 * columns, columns, generator=generator) @ mix
     weight = torch.randn(rows, columns, generator=generator) * 0.05
-    return weight, Gram(x.T @ x / len(x), len(x))
+    gradients = torch.rand(rows, columns, generator=generator)
+    return weight, Gram(x.T @ x / len(x), len(x), gradients=gradients)
 
 
 def shared_parts(codec: LeafCodec, shape: tuple[int, int]) -> set[str]:
@@ -99,12 +124,24 @@ def distortion(error: Tensor, gram: Gram) -> float:
 
 
 def solved(solver: Solver, codec: LeafCodec, weight: Tensor, gram: Gram) -> tuple[Encoded, Tensor]:
-    encoded = solver.solve(weight, codec, solver.prepare(gram, codec.span))
+    try:
+        encoded = solver.solve(weight, codec, solver.prepare(gram, codec.span))
+    except BadInput as refused:
+        if solver not in BLIND or str(codec) not in str(refused):
+            raise
+        pytest.skip(str(refused))
     return encoded, codec.values(encoded, weight.shape[1])
 
 
-@pytest.mark.parametrize("solver", SOLVERS, ids=str)
-@pytest.mark.parametrize("text", LEAVES)
+@pytest.mark.parametrize(
+    ("text", "solver"),
+    [
+        pytest.param(text, solver, id=f"{text}-{solver}")
+        for text in LEAVES
+        for solver in [*SOLVERS, *BLIND]
+        if solver is not FISHER or text.startswith("lut")
+    ],
+)
 class TestEveryPair:
     def test_bits_round_trip_and_purity(self, text: str, solver: Solver) -> None:
         columns = width(leaf(text))
@@ -133,7 +170,8 @@ class TestEveryPair:
         weight, gram = correlated(24, width(leaf(text)))
         codec = leaf(text).learn(weight, gram)
         _, whole = solved(solver, codec, weight, gram)
-        _, part = solved(solver, codec, weight[5:17], gram)
+        assert gram.gradients is not None
+        _, part = solved(solver, codec, weight[5:17], replace(gram, gradients=gram.gradients[5:17]))
         # A matrix product may round differently for other numbers of rows; a code on a tie may then differ.
         assert (whole[5:17] != part).float().mean() < 0.02
         assert distortion(weight[5:17] - part, gram) == pytest.approx(
@@ -141,6 +179,8 @@ class TestEveryPair:
         )
 
     def test_never_worse_than_nearest(self, text: str, solver: Solver) -> None:
+        if solver in BLIND:
+            pytest.skip("it knows nothing of the inputs")
         weight, gram = correlated(32, width(leaf(text)), seed=3)
         codec = leaf(text).learn(weight, gram)
         _, values = solved(solver, codec, weight, gram)
@@ -262,7 +302,9 @@ def test_damping_is_raised_loudly_and_at_last_refused(monkeypatch: pytest.Monkey
         ("int4:g64:fast", "fast"),
         ("itn4:g64", "Unknown codec"),
         ("lut5:row", "2 to 4"),
-        ("lut3:g64", "per row"),
+        ("lut3", "group once"),
+        ("lut3:g64:s8", "float16"),
+        ("lut3:row:asym", "float16"),
         ("fp4:g32", "exponent"),
         ("fp4:e3m3:g32", "not 4"),
         ("fp5:e2m2:g32", "4, 6 or 8"),
@@ -273,6 +315,19 @@ def test_damping_is_raised_loudly_and_at_last_refused(monkeypatch: pytest.Monkey
 def test_unreadable_codecs_say_why(text: str, says: str) -> None:
     with pytest.raises(BadInput, match=says):
         parse(text)
+
+
+@pytest.mark.parametrize("text", LEAVES)
+def test_a_shape_that_does_not_fit_is_refused_by_name(text: str) -> None:
+    codec = leaf(text)
+    if codec.accepts((10, 191)):  # 191 is prime: only codecs without groups, or that fill up the last, can take it
+        assert codec.bits((10, 191)) > 0
+        return
+    with pytest.raises(ShapeMismatch) as refused:
+        codec.parts((10, 191))
+    sizes = {number for number in re.findall(r"\d+", str(refused.value)) if number != "191"}
+    assert "191" in str(refused.value)
+    assert any(191 % int(number) for number in sizes if int(number) > 1)
 
 
 def test_bad_shape_names_both_values_and_a_way_out() -> None:

@@ -24,8 +24,9 @@ def make_grid(rows: int, columns: int, group: int, kind: str, generator: torch.G
         signs = torch.randint(0, 2, (rows, groups), generator=generator) * 2.0 - 1.0
         offset = torch.randn(rows, groups, generator=generator)
         return ScalarGrid(scale * signs, torch.zeros(rows, groups), None, 8, group, offset)
-    table = torch.randn(1 if kind == "shared" else rows, 8, generator=generator).sort(dim=1).values
-    return ScalarGrid(scale, None, table, 8, group)
+    tables = groups if kind == "per group" else 1
+    table = torch.randn(1 if kind == "shared" else rows, tables, 8, generator=generator).sort(dim=2).values
+    return ScalarGrid(scale, None, table.flatten(1), 8, group)
 
 
 @needs_compiled
@@ -34,7 +35,7 @@ def make_grid(rows: int, columns: int, group: int, kind: str, generator: torch.G
     rows=st.integers(1, 40),
     columns=st.integers(1, 70),
     group=st.sampled_from([8, 16, 70]),
-    kind=st.sampled_from(["uniform", "offset", "shared", "per row"]),
+    kind=st.sampled_from(["uniform", "offset", "shared", "per row", "per group"]),
     seed=st.integers(0, 2**31),
 )
 def test_sequential_round_equals_its_specification(rows: int, columns: int, group: int, kind: str, seed: int) -> None:

@@ -74,6 +74,9 @@ STREAMS = ["coded(int4:row):3.3", "coded(ternary:g32):1.9", "coded(fp4:e2m1:g32)
 NONE = {
     "fp4:e2m1:g6",
     "ternary:g6",
+    "lut2:g32",
+    "lut3:g64",
+    "lut4:g96",
     "pvq1:n32",
     "sparse2of4(lut3:row)",
     "sparse1of3(ternary:row)",

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from leaf_checks import correlated_gram, gaussian, leaf
 from tersor.codecs import Codebook
-from tersor.codecs.codebook import best_sums, nearest
 from tersor.contracts import Encoded, Gram, LeafCodec
 from tersor.solvers import Encoder, ErrorFeedback
 
@@ -112,19 +111,6 @@ def test_losses_of_spans_are_the_distortion() -> None:
     weights = factor.pivots.double().reshape(24, 4).mean(1)
     total = (rooted.square().sum(2) * weights).sum()
     assert float(total) == pytest.approx(distortion(codec, encoded, weight, gram), rel=1e-4)
-
-
-@settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 2**31), count=st.integers(1, 8), sums=st.integers(1, 5), rows=st.integers(0, 9))
-def test_best_sums_are_those_of_all(seed: int, count: int, sums: int, rows: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    left = torch.randn(rows, sums, 3, generator=generator)
-    entries = torch.randn(16, 3, generator=generator)
-    found = best_sums(left, entries, count)
-    assert found.shape == (rows, count)
-    losses = (left[:, :, None] - entries).square().sum(3).flatten(1)
-    assert torch.allclose(losses.gather(1, found), losses.sort(dim=1).values[:, :count], atol=1e-5)
-    assert torch.equal(nearest(left[:, 0], entries, 1)[:, 0], losses[:, :16].argmin(1))
 
 
 def test_few_great_weights_at_great_inputs_get_entries() -> None:

@@ -78,11 +78,13 @@ def test_what_was_not_measured_is_not_judged(status: str | None):
     assert (status or "not run") in found.why
 
 
-def test_all_claims_at_the_bits_that_were_asked():
+def test_all_claims_whether_or_not_their_bits_were_asked():
     recipe = Recipe("mine", Paper("x"), "x", lambda _bits, _shape: "int3:row", Nearest, "x", (claim(),))
     found = verdicts({"mine": recipe}, [outcome("mine", 0.5), outcome("base", 1.0)])
     assert [(one.recipe, one.bits, one.word) for one in found] == [("mine", 3.0, "holds")]
-    assert verdicts({"mine": recipe}, []) == []
+    assert [(one.bits, one.word, one.why) for one in verdicts({"mine": recipe}, [])] == [
+        (3.0, "untested", "mine was not run at 3 bits")
+    ]
 
 
 def test_the_front_has_what_nothing_beats():
@@ -98,3 +100,24 @@ def test_the_front_has_what_nothing_beats():
 def test_a_claim_without_sense_is_refused():
     with pytest.raises(BadInput, match="ratio above 0"):
         claim(0.0)
+
+
+def test_bits_that_a_claim_grants_are_not_corrected_for():
+    mine, base = outcome("mine", 0.9, rate=3.25), outcome("base", 1.0, rate=3.05)
+    assert judge(claim(), "mine", 3.0, mine, base).word == "fails"  # 0.2 bits are worth more than a tenth
+    granted = judge(claim(extra=0.3), "mine", 3.0, mine, base)
+    assert granted.word == "holds"
+    assert granted.ratio == pytest.approx(0.9)
+    assert granted.correction == 1.0
+    assert judge(claim(extra=0.1), "mine", 3.0, mine, base).correction == pytest.approx(4**0.1)
+    # Granted bits that are not taken are no reward.
+    assert judge(claim(extra=0.3), "mine", 3.0, base, mine).correction == pytest.approx(4**-0.2)
+    with pytest.raises(BadInput, match="extra"):
+        claim(extra=-0.1)
+
+
+def test_perplexities_are_compared_as_they_are():
+    mine, base = outcome("mine", 1.0, perplexity=20.0), outcome("base", 9.0, perplexity=300.0)
+    found = judge(claim(0.1, metric="perplexity"), "mine", 3.0, mine, base)
+    assert (found.word, found.low) == ("holds", found.high)
+    assert found.claim.against == "base, perplexity"

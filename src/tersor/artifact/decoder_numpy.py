@@ -50,7 +50,7 @@ class DecodeError(ValueError):
 
 @dataclass(frozen=True)
 class Codec:
-    """A codec's text, taken apart. ``group``: columns that share a scale, None for the whole row."""
+    """A codec's text, taken apart. ``group``: columns that share a scale or table, None for the whole row."""
 
     kind: str
     bits: int
@@ -112,8 +112,8 @@ def _parse_leaf(text: str) -> Codec:
         exponent = int(floats[0][1])
         if 1 <= exponent <= 5 and 1 + exponent + int(floats[0][2]) == bits:
             return Codec("fp", bits, group, False, form, exponent)
-    if kind == "lut" and 2 <= bits <= 4 and options == ["row"]:
-        return Codec("lut", bits)
+    if kind == "lut" and 2 <= bits <= 4 and options == groups:
+        return Codec("lut", bits, group)
     raise DecodeError(f"codec '{text}' is not known to this decoder")
 
 
@@ -157,12 +157,12 @@ def parts_of(codec: Codec, rows: int, columns: int) -> Parts:
     if codec.kind in ("bf16", "fp16"):
         return {"weight": ("BF16" if codec.kind == "bf16" else "F16", (rows, columns))}
     parts: Parts = {"codes": ("U8", (rows, packed_bytes(columns, codec.bits)))}
-    if codec.kind == "lut":
-        return {**parts, "table": ("F16", (rows, 2**codec.bits))}
     group = codec.group or columns
     if columns % group:
         raise DecodeError(f"a group of {group} does not divide {columns} columns")
     groups = columns // group
+    if codec.kind == "lut":
+        return {**parts, "table": ("F16", (rows, groups * 2**codec.bits))}
     if codec.scales == "s8":
         parts |= {"scale": ("U8", (rows, groups)), "super": ("F16", (rows, 1))}
     else:
@@ -240,8 +240,8 @@ def decode_rows(codec: Codec, parts: Mapping[str, tuple[str, Array]], columns: i
     codes = unpack(parts["codes"][1], codec.bits, columns)
     rows = len(codes)
     if codec.kind == "lut":
-        table = to_float32(parts["table"][1], "F16")
-        return np.take_along_axis(table, codes.astype(np.intp), axis=1)
+        first = np.arange(columns) // (codec.group or columns) * 2**codec.bits  # entry of each column's table
+        return np.take_along_axis(to_float32(parts["table"][1], "F16"), first + codes, axis=1)
     dtype, stored = parts["scale"]
     scale = to_float32(stored, dtype)
     if codec.scales == "s8":

@@ -58,8 +58,12 @@ def parts(text: str, rows: int, columns: int, recurse: Callable[[str, int, int],
             for name, part in recurse(inner, rows, columns).items()
         }
     if head.startswith("sparse"):
-        count = max(round(rows * columns * float(head[6:]) / 100), 1)
-        return {"values": ("F16", (count,)), "columns": ("U16", (count,)), "starts": ("I32", (rows + 1,))}
+        count, low, ones_and_zeros = _sizes(head, rows, columns)
+        return {
+            "values": ("F16", (count,)),
+            "low": ("U8", ((count * low + 7) // 8,)),
+            "high": ("U8", ((ones_and_zeros + 7) // 8,)),
+        }
     rank = int(head[7:])
     if arguments:
         return {
@@ -91,18 +95,36 @@ def decode(
             total = total + term
         return total
     if head.startswith("sparse"):
-        starts, places = arrays["starts"].astype(np.int64), arrays["columns"].astype(np.int64)
-        ordered = starts[0] == 0 and starts[-1] == len(places) and bool((np.diff(starts) >= 0).all())
-        if not ordered or (len(places) and places.max() >= columns):
-            raise ValueError("starts must ascend from 0 to the number of values, and columns lie within a row")
-        weight = np.zeros((rows, columns), np.float32)
-        weight[np.repeat(np.arange(rows), np.diff(starts)), places] = arrays["values"].astype(np.float32)
-        return weight
+        flat = np.zeros(rows * columns, np.float32)
+        flat[_places(head, arrays, rows, columns)] = arrays["values"].astype(np.float32)
+        return flat.reshape(rows, columns)
     left, right = _factors(head, arguments, arrays, rows, columns, recurse)
     weight = np.zeros((rows, columns), np.float32)
     for index in range(left.shape[1]):
         weight = weight + left[:, index : index + 1] * right[index]
     return weight
+
+
+def _sizes(head: str, rows: int, columns: int) -> tuple[int, int, int]:
+    """Of ``sparse``: kept weights, bits of the low part of a number, and bits of the part ``high``."""
+    count = max(round(rows * columns * float(head[6:]) / 100), 1)
+    low = max((rows * columns // count).bit_length() - 1, 1)
+    return count, low, count + ((rows * columns - 1) >> low)
+
+
+def _places(head: str, arrays: Mapping[str, Array], rows: int, columns: int) -> Array:
+    """Of ``sparse``: the numbers of the kept weights, counted through all rows."""
+    count, low, ones_and_zeros = _sizes(head, rows, columns)
+    ones = np.flatnonzero(np.unpackbits(arrays["high"], bitorder="little")[:ones_and_zeros])
+    if len(ones) != count:
+        raise ValueError(f"expected the places of {count} kept weights, found those of {len(ones)}")
+    places: Array = (ones - np.arange(count)) << low
+    bits = np.unpackbits(arrays["low"], bitorder="little")[: count * low].reshape(count, low)
+    for place in range(low):
+        places |= bits[:, place].astype(np.int64) << place
+    if places[-1] >= rows * columns or (np.diff(places) <= 0).any():
+        raise ValueError(f"places of kept weights must ascend and lie below {rows * columns}")
+    return places
 
 
 def _factors(

@@ -20,6 +20,7 @@ from tersor.codecs.microscaling import MicroFloat
 from tersor.codecs.nv_float import NvFloat
 from tersor.codecs.pyramid import Pyramid
 from tersor.codecs.rotated import Rotated
+from tersor.codecs.row_float import RowFloat
 from tersor.codecs.rows import RowStretches
 from tersor.codecs.semi_structured import SemiStructured
 from tersor.codecs.sign_magnitude import BitStack
@@ -53,6 +54,7 @@ __all__ = [
     "PrincipalBasis",
     "Pyramid",
     "Rotated",
+    "RowFloat",
     "RowStretches",
     "SemiStructured",
     "SignedInteger",

@@ -19,6 +19,7 @@ from tersor.codecs.text import Words, reads
 from tersor.codecs.vector import RowScaled
 from tersor.contracts import Encoded, Gram, LeafCodec, Part, Shape
 from tersor.errors import BadInput
+from tersor.kernels.codebook import nearest_sums
 
 _SAMPLES = 1 << 16
 """Vectors of a layer that a codebook is learned from."""
@@ -26,12 +27,8 @@ _ROWS = 512
 """Rows whose vectors are weighed at one time."""
 _STEPS, _COARSE, _FEWER = 12, 8, 4
 """Of k-means; the first ones see one vector in four."""
-_TREE_DIM, _TREE_LEAST = 4, 256
-"""Up to how many dimensions, and from how many entries, the nearest one is found by a tree."""
 _BEAM = 8
 """First-stage vectors that a residual code is sought from."""
-_PRODUCTS = 1 << 18
-"""Distances held at one time: what fits a cache."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,7 @@ class Codebook(RowScaled):
             entries = kmeans(vectors, mass, 2**self.index_bits, generator).to(torch.float16).float()
             books.append(entries)
             if len(vectors):
-                vectors = vectors - entries[nearest(vectors, entries, 1)[:, 0]]
+                vectors = vectors - entries[nearest_sums(vectors, entries[None], 1).long()]
         return replace(self, book=torch.stack(books))
 
     def unit(self, codes: Tensor) -> Tensor:
@@ -115,32 +112,19 @@ class Codebook(RowScaled):
 
     def closest(self, target: Tensor) -> Tensor:
         """The nearest entry; with stages, the best of a beam that keeps the ``8`` best sums after each."""
-        return self._search(target, self._learned())
+        return nearest_sums(target, self._learned(), _BEAM)
 
     def closest_under(self, target: Tensor, root: Tensor) -> Tensor:
         """The same among entries that are multiplied by ``root``, as the target is: exact for one stage.
 
         With stages, what :meth:`closest` finds where that is better, so that what can be represented stays.
         """
-        found = self._search(target @ root, self._learned() @ root)
+        found = nearest_sums(target @ root, self._learned() @ root, _BEAM)
         if self.stages == 1:
             return found
         plain = self.closest(target)
         lost = [((target - self.unit(codes)) @ root).square().sum(1) for codes in (found, plain)]
         return torch.where(lost[0] < lost[1], found, plain)
-
-    def _search(self, target: Tensor, book: Tensor) -> Tensor:
-        if self.stages == 1:
-            return nearest(target, book[0], 1)[:, 0].to(torch.int32)
-        width = min(_BEAM, 2**self.index_bits)
-        codes = nearest(target, book[0], width)
-        sums = book[0][codes]
-        for stage in range(1, self.stages):
-            found = best_sums(target[:, None] - sums, book[stage], width if stage + 1 < self.stages else 1)
-            parent, entry = found >> self.index_bits, found & (2**self.index_bits - 1)
-            codes = codes.gather(1, parent) + (entry << (stage * self.index_bits))
-            sums = sums.gather(1, parent[:, :, None].expand(-1, -1, self.dim)) + book[stage][entry]
-        return codes[:, 0].to(torch.int32)
 
     def pack(self, encoded: Encoded, shape: Shape) -> dict[str, Tensor]:
         return {**super().pack(encoded, shape), "codebook": self._learned().to(torch.float16)}
@@ -153,44 +137,6 @@ class Codebook(RowScaled):
         if self.book is None:
             raise ValueError(f"codec {self} has no codebook yet: call learn(weight, gram) first")
         return self.book
-
-
-def nearest(vectors: Tensor, entries: Tensor, count: int) -> Tensor:
-    """Numbers ``(n, count)`` int64 of the ``entries (k, dim)`` nearest to each of ``vectors (n, dim)``, best first."""
-    if count == 1 and entries.shape[1] <= _TREE_DIM and len(entries) >= _TREE_LEAST:
-        # In few dimensions a tree looks at a handful of entries instead of all.
-        from scipy.spatial import cKDTree  # here, as running a model needs no trees, and 30 MB less
-
-        tree = cKDTree(entries.double().numpy())
-        return torch.from_numpy(tree.query(vectors.double().numpy())[1]).reshape(-1, 1)
-    half = entries.square().sum(1) * 0.5
-    found = []
-    for piece in vectors.split(max(_PRODUCTS // len(entries), 1)):  # type: ignore[no-untyped-call]
-        found.append(_least(torch.addmm(half, piece, entries.T, alpha=-1.0), count))
-    return torch.cat(found) if found else torch.empty(0, count, dtype=torch.int64)
-
-
-def best_sums(left: Tensor, entries: Tensor, count: int) -> Tensor:
-    """The ``count`` best sums with one of ``entries (k, dim)`` more, where ``p`` sums leave ``left (n, p, dim)``.
-
-    Returns ``(n, count)`` int64, best first: the number of the sum times ``k`` plus that of the entry.
-    """
-    half = entries.square().sum(1) * 0.5
-    own = left.square().sum(2, keepdim=True) * 0.5
-    found = []
-    for start in range(0, len(left), step := max(_PRODUCTS // (len(entries) * left.shape[1]), 1)):
-        here = slice(start, start + step)
-        score = torch.addmm(half, left[here].flatten(0, 1), entries.T, alpha=-1.0)
-        score = score.reshape(-1, left.shape[1], len(entries)).add_(own[here])
-        found.append(_least(score.flatten(1), count))
-    return torch.cat(found) if found else torch.empty(0, count, dtype=torch.int64)
-
-
-def _least(score: Tensor, count: int) -> Tensor:
-    """Where the ``count`` least of each row of ``score (n, k)`` are, least first."""
-    if count == 1:  # numpy's is vectorised and takes a quarter of torch's time
-        return torch.from_numpy(score.numpy().argmin(1)).reshape(-1, 1)
-    return score.topk(count, dim=1, largest=False, sorted=True).indices
 
 
 def drawn(weight: Tensor, importance: Tensor, dim: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -236,7 +182,7 @@ def kmeans(vectors: Tensor, mass: Tensor, count: int, generator: torch.Generator
             points, weights = vectors[few], mass[few]
         else:
             points, weights = vectors, mass
-        index = nearest(points, entries, 1)[:, 0]
+        index = nearest_sums(points, entries[None], 1).long()
         total = torch.zeros(count, dim, dtype=torch.float64).index_add_(0, index, weights.double())
         moment = torch.zeros(count, dim, dtype=torch.float64).index_add_(0, index, (weights * points).double())
         entries = torch.where(total > 0, moment / total.clamp(min=1e-300), entries.double()).float()

@@ -25,8 +25,6 @@ from tersor.codecs.coded_leaf import PricedGrid, centre, no_codes, spread
 from tersor.codecs.grouped import GroupedScalar
 from tersor.codecs.inner import under
 from tersor.codecs.integer import Integer
-from tersor.codecs.microscaling import MicroFloat
-from tersor.codecs.nv_float import NvFloat
 from tersor.codecs.packing import pack, packed_width, unpack
 from tersor.codecs.small_float import SmallFloat
 from tersor.codecs.step_search import WASTE, StepSearch
@@ -66,7 +64,7 @@ class Coded(CompositeCodec):
     milli: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.inner, Integer | SmallFloat | Ternary) or isinstance(self.inner, MicroFloat | NvFloat):
+        if type(self.inner) not in (Integer, SmallFloat, Ternary):  # classes derived from them store other scales
             raise BadInput(f"Codec coded({self.inner}) does not exist: only int, fp and ternary codes can be coded.")
         if not 300 <= self.milli <= 9000:
             raise BadInput(f"Codec {self} does not exist: its rate is from 0.3 to 9 bits.")

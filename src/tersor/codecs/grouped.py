@@ -13,8 +13,22 @@ from tersor import kernels
 from tersor.codecs.packing import pack, packed_width, unpack
 from tersor.codecs.refit import least_squares, quadratic
 from tersor.codecs.scales import ScaleFormat, pack_scales, scale_parts, storable, unpack_scales
-from tersor.contracts import Encoded, LeafCodec, Part, ScalarGrid, Shape, Side
+from tersor.contracts import Codec, Encoded, LeafCodec, Part, ScalarGrid, Shape, Side
 from tersor.errors import ShapeMismatch
+
+
+def groups_of(codec: Codec, group: int | None, in_features: int) -> int:
+    """How many groups of ``group`` columns (None: all) a row has. Raises ShapeMismatch when it does not divide them."""
+    if group is None:
+        return 1
+    if in_features % group:
+        fits = [g for g in (16, 24, 32, 48, 64, 96, 128, 192, 256) if in_features % g == 0]
+        ways = ", ".join(f"g{g}" for g in fits) if fits else "row"
+        raise ShapeMismatch(
+            f"Codec {codec} cannot take a layer of {in_features} inputs: its group of {group} does not divide "
+            f"{in_features}; use {ways}."
+        )
+    return in_features // group
 
 
 @dataclass(frozen=True)
@@ -27,16 +41,7 @@ class GroupedScalar(LeafCodec):
 
     def groups(self, in_features: int) -> int:
         """How many groups a row has. Raises ShapeMismatch when the group does not divide it."""
-        if self.group is None:
-            return 1
-        if in_features % self.group:
-            fits = [g for g in (16, 24, 32, 48, 64, 96, 128, 192, 256) if in_features % g == 0]
-            ways = ", ".join(f"g{g}" for g in fits) if fits else "row"
-            raise ShapeMismatch(
-                f"Codec {self} cannot take a layer of {in_features} inputs: its group of {self.group} does not divide "
-                f"{in_features}; use {ways}."
-            )
-        return in_features // self.group
+        return groups_of(self, self.group, in_features)
 
     def parts(self, shape: Shape) -> tuple[Part, ...]:
         rows, columns = shape

@@ -1,7 +1,11 @@
 """A lookup table per row: the non-uniform scalar codec of SqueezeLLM (arXiv:2306.07629, §4.1), without its sparse part.
 
+With a group, each so many columns of a row have a table of their own.
+
 >>> LookupTable(3).bits((64, 128)) // 8        # 64 * 48 bytes of codes + 64 * 8 entries of 2 bytes
 4096
+>>> LookupTable(3, 64).bits((64, 128)) // 8    # two tables a row
+5120
 """
 
 from __future__ import annotations
@@ -13,70 +17,132 @@ import torch
 from torch import Tensor
 
 from tersor import kernels
+from tersor.codecs.grouped import groups_of
 from tersor.codecs.packing import pack, packed_width, unpack
 from tersor.codecs.refit import least_squares, quadratic
-from tersor.codecs.text import Words, reads
+from tersor.codecs.text import Words, grouping, reads
 from tersor.contracts import Encoded, LeafCodec, Part, ScalarGrid, Shape, Side
 from tersor.errors import BadInput
 
 _ITERATIONS = 25
+_SWEEPS = 3
+"""Over a row's groups when refitting. On correlated inputs a fourth lowers the error by at most a thousandth."""
 
 
 @dataclass(frozen=True)
 class LookupTable(LeafCodec):
-    """``bits`` per weight (2–4) into ``2^bits`` float16 values that each row has for itself, kept ascending."""
+    """``bits`` per weight (2–4) into ``2^bits`` float16 values, kept ascending, that each row has for itself.
+
+    With ``group``, each so many columns of a row have them for themselves. A row's tables lie side by side:
+    ``table (rows, groups · 2^bits)``.
+    """
 
     bits_per_code: int
+    group: int | None = None
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits_per_code <= 4:
             raise BadInput(f"Codec lut{self.bits_per_code} does not exist: lookup tables have 2 to 4 bits.")
 
     def __str__(self) -> str:
-        return f"lut{self.bits_per_code}:row"
+        return f"lut{self.bits_per_code}:" + ("row" if self.group is None else f"g{self.group}")
+
+    @property
+    def levels(self) -> int:
+        return int(2**self.bits_per_code)
 
     def parts(self, shape: Shape) -> tuple[Part, ...]:
         rows, columns = shape
+        groups = groups_of(self, self.group, columns)
         codes = Part("codes", torch.uint8, (rows, packed_width(columns, self.bits_per_code)))
-        return (codes, Part("table", torch.float16, (rows, 2**self.bits_per_code)))
+        return (codes, Part("table", torch.float16, (rows, groups * self.levels)))
+
+    def segment(self, in_features: int) -> int:
+        return self.group or in_features
 
     def prepare(self, weight: Tensor, importance: Tensor | None = None) -> Side:
         """``importance``: of columns, ``(in,)``, or of single weights, ``(rows, in)``."""
-        return {"table": _storable(weighted_kmeans(weight, importance, 2**self.bits_per_code))}
+        rows, columns = weight.shape
+        groups = groups_of(self, self.group, columns)
+        if groups > 1:
+            shape = (rows * groups, columns // groups)
+            importance = None if importance is None else importance.expand(rows, columns).reshape(shape)
+            weight = weight.reshape(shape)
+        table = weighted_kmeans(weight, importance, self.levels)
+        return {"table": _storable(table).reshape(rows, groups * self.levels)}
+
+    def prepare_segment(self, side: Side, weight: Tensor, start: int, importance: Tensor | None = None) -> Side:
+        first = start // weight.shape[1] * self.levels
+        table = side["table"].clone()
+        table[:, first : first + self.levels] = _storable(weighted_kmeans(weight, importance, self.levels))
+        return {"table": table}
 
     def grid(self, side: Side, in_features: int) -> ScalarGrid:
         table = side["table"]
-        ones = torch.ones(table.shape[0], 1)
-        return ScalarGrid(ones, None, table, table.shape[1], in_features)
+        ones = torch.ones(table.shape[0], table.shape[1] // self.levels)
+        return ScalarGrid(ones, None, table, self.levels, self.group or in_features)
 
     def round(self, target: Tensor, side: Side, columns: Tensor) -> tuple[Tensor, Tensor]:
         return kernels.nearest(target, self.grid(side, int(columns.max()) + 1), columns)
 
     def values(self, encoded: Encoded, in_features: int) -> Tensor:
-        return torch.gather(encoded.side["table"], 1, encoded.codes.long())
+        entries = encoded.codes.long()
+        if self.group is not None:
+            column = torch.arange(in_features, device=entries.device)
+            entries = entries + column // self.group * self.levels
+        return torch.gather(encoded.side["table"], 1, entries)
 
     def refit(self, weight: Tensor, encoded: Encoded, gram: Tensor) -> Side:
-        """Exact least squares for the table entries of each row, under ``tr(E H Eᵀ)``, codes fixed.
+        """Least squares for the table entries of each row, under ``tr(E H Eᵀ)``, codes fixed.
 
-        With ``u_k`` the indicator of code ``k``: ``A_kl = u_kᵀ H u_l``, ``b_k = u_kᵀ H w``. A row keeps its old table
+        Exact for one table a row. Those of groups are fitted one after the other, the others as they stand, in a few
+        sweeps: no step raises the error, and a row's entries may be too many to be solved for together. What a table
+        loses to float16, those after it make good.
+        """
+        columns = weight.shape[1]
+        width = self.group or columns
+        codes, table = encoded.codes.long(), encoded.side["table"].clone()
+        product = weight @ gram
+        values = self.values(encoded, columns)
+        stretches = [slice(start, start + width) for start in range(0, columns, width)]
+        normals = [self._normal(codes[:, here], gram[here, here]) for here in stretches]
+        for _ in range(_SWEEPS if len(stretches) > 1 else 1):
+            for at, (here, normal) in enumerate(zip(stretches, normals, strict=True)):
+                wanted = product[:, here]
+                if len(stretches) > 1:
+                    values[:, here] = 0.0
+                    wanted = wanted - values @ gram[:, here]
+                own = table[:, at * self.levels : (at + 1) * self.levels]
+                own.copy_(self._fitted(codes[:, here], normal, wanted, own))
+                values[:, here] = torch.gather(own, 1, codes[:, here])
+        return {"table": table}
+
+    def _normal(self, codes: Tensor, gram: Tensor) -> Tensor:
+        """``A (rows, levels, levels)`` of one table: ``A_kl = u_kᵀ H u_l``, ``u_k`` the indicator of code ``k``.
+
+        ``codes (rows, n)`` int64, ``gram (n, n)``.
+        """
+        rows = len(codes)
+        normal = torch.empty(rows, self.levels, self.levels)
+        for level in range(self.levels):
+            spread = (codes == level).to(torch.float32) @ gram
+            normal[:, level] = torch.zeros(rows, self.levels).scatter_add_(1, codes, spread)
+        return normal
+
+    def _fitted(self, codes: Tensor, normal: Tensor, wanted: Tensor, old: Tensor) -> Tensor:
+        """Entries ``(rows, levels)`` that solve ``A t = b``, ``b_k = u_kᵀ wanted``; see :meth:`_normal`.
+
+        ``wanted (rows, n)``: ``H w`` less what the weights of other tables take of it. A row keeps its ``old`` table
         where the stored new one is not better or not ascending.
         """
-        rows = weight.shape[0]
-        levels = 2**self.bits_per_code
-        codes = encoded.codes.long()
-        old = encoded.side["table"]
-        normal = torch.empty(rows, levels, levels)
-        for level in range(levels):
-            spread = (codes == level).to(torch.float32) @ gram
-            normal[:, level] = torch.zeros(rows, levels).scatter_add_(1, codes, spread)
-        right = torch.zeros(rows, levels).scatter_add_(1, codes, weight @ gram)
-        wanted = least_squares(normal, right)
+        right = torch.zeros(old.shape).scatter_add_(1, codes, wanted)
+        solved = least_squares(normal, right)
         # Entries that no weight uses are not determined; they stay.
-        used = torch.zeros(rows, levels).scatter_(1, codes, 1.0) > 0
-        stored = _storable(torch.where(used & torch.isfinite(wanted), wanted, old))
+        used = torch.zeros(old.shape).scatter_(1, codes, 1.0) > 0
+        stored = _storable(torch.where(used & torch.isfinite(solved), solved, old))
         better = quadratic(normal, right, stored) < quadratic(normal, right, old)
         better &= (stored.diff(dim=1) >= 0).all(1)
-        return {"table": torch.where(better[:, None], stored, old)}
+        return torch.where(better[:, None], stored, old)
 
     def pack(self, encoded: Encoded, shape: Shape) -> dict[str, Tensor]:
         codes = pack(encoded.codes, self.bits_per_code)
@@ -125,8 +191,12 @@ def weighted_kmeans(weight: Tensor, importance: Tensor | None, levels: int) -> T
     return centroids.to(torch.float32)
 
 
-@reads(r"lut(\d{1,2})", form="lut{2-4}:row", heads=("lut2", "lut3", "lut4"))
+_FORM = "lut{2-4}:{g<n>|row}"
+
+
+@reads(r"lut(\d{1,2})", form=_FORM, heads=("lut2", "lut3", "lut4"))
 def _read(words: Words) -> LookupTable:
-    if words.options != ("row",):
-        raise words.refuse(f"lookup tables are per row, written lut{words.head[1]}:row.")
-    return LookupTable(int(words.head[1]))
+    group, scales, rest = grouping(words, _FORM)
+    if rest or scales != "fp16":
+        raise words.refuse(f"entries of tables are float16, and there are no other options; write {_FORM}.")
+    return LookupTable(int(words.head[1]), group)

@@ -29,11 +29,16 @@ def pack_wide(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_wide(stream: Tensor, bits: int, count: int) -> Tensor:
     """The inverse of :func:`pack_wide`: bytes to codes ``(rows, count)`` int64."""
-    first = torch.arange(count, device=stream.device) * bits
+    return codes_at(stream, bits, torch.arange(count, device=stream.device))
+
+
+def codes_at(stream: Tensor, bits: int, places: Tensor) -> Tensor:
+    """Of every row's codes those at ``places (n,)``: ``(rows, n)`` int64."""
+    first = places * bits
     # A code of b bits touches at most (b + 14) // 8 bytes; the padding keeps the last code's reads inside.
     touched = (bits + 14) // 8
     padded = torch.nn.functional.pad(stream, (0, touched))
-    word = torch.zeros(len(stream), count, dtype=torch.int64, device=stream.device)
+    word = torch.zeros(len(stream), len(places), dtype=torch.int64, device=stream.device)
     for byte in range(touched):
         word |= padded[:, first // 8 + byte].to(torch.int64) << (8 * byte)
     return (word >> (first % 8)) & ((1 << bits) - 1)

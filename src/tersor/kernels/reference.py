@@ -18,7 +18,8 @@ def nearest(target: Tensor, grid: ScalarGrid, columns: Tensor) -> tuple[Tensor, 
     """Nearest values of a scalar grid.
 
     ``target``: ``(rows, n)`` float32; ``columns``: ``(n,)`` int64 column numbers. Returns codes ``(rows, n)`` int32 and
-    values float32. Ties go to the even code on uniform grids, to the lower code on tables.
+    values float32. Ties go to the even code on uniform grids, to the lower code on tables. Tables of groups lie side by
+    side, ``(rows or 1, groups · levels)``.
     """
     group = columns // grid.group
     scale = grid.scale[:, group]
@@ -31,6 +32,10 @@ def nearest(target: Tensor, grid: ScalarGrid, columns: Tensor) -> tuple[Tensor, 
     table = grid.table
     assert table is not None
     scaled = (target / scale).contiguous()
+    if table.shape[1] > grid.levels:
+        index = _among_groups(scaled, table, group, grid.levels)
+        values = table.expand(len(target), -1).gather(1, group * grid.levels + index)
+        return index.to(torch.int32), values * scale
     middles = (table[:, :-1] + table[:, 1:]) * 0.5
     if table.shape[0] == 1:
         index = torch.bucketize(scaled, middles[0].contiguous())
@@ -39,6 +44,16 @@ def nearest(target: Tensor, grid: ScalarGrid, columns: Tensor) -> tuple[Tensor, 
         index = torch.searchsorted(middles.contiguous(), scaled)
         values = torch.gather(table, 1, index)
     return index.to(torch.int32), values * scale
+
+
+def _among_groups(scaled: Tensor, table: Tensor, group: Tensor, levels: int) -> Tensor:
+    """Codes int64 of ``scaled (rows, n)`` in the tables of the columns' groups, ``group (n,)``; lower ones on ties."""
+    tables = table.reshape(len(table), table.shape[1] // levels, levels)
+    middles = (tables[:, :, :-1] + tables[:, :, 1:]) * 0.5
+    index = torch.zeros(scaled.shape, dtype=torch.int64)
+    for middle in middles.unbind(2):
+        index += middle[:, group] < scaled
+    return index
 
 
 def sequential_round(

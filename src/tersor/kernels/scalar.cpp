@@ -66,8 +66,9 @@ struct Grid {
     const float* scale;   // (rows, groups)
     const float* zero;    // (rows, groups) or null
     const float* offset;  // (rows, groups) or null
-    const float* table;   // (rows or 1, levels) or null
-    size_t groups, levels, table_stride;
+    const float* table;   // (rows or 1, levels or groups * levels) or null
+    size_t groups, levels;
+    size_t table_row, table_group;  // entries from one row's, or group's, table to the next; 0 where they share one
 };
 
 // Position of x among the middles of a sorted table: how many middles are < x (torch.searchsorted's left rule).
@@ -120,7 +121,8 @@ static void sequential_strip(const float* target, const float* reference, const 
             }
         } else {
             for (size_t r = 0; r < STRIP; ++r) {
-                const float* table = grid.table + (row0 + (r < rows ? r : 0)) * grid.table_stride;
+                const size_t row = row0 + (r < rows ? r : 0);
+                const float* table = grid.table + row * grid.table_row + g * grid.table_group;
                 const int c = place(table, grid.levels, t[r] / scale[r]);
                 code[r] = static_cast<float>(c);
                 value[r] = table[c] * scale[r];
@@ -176,11 +178,14 @@ static void sequential_round(MatF target, MatF reference, MatF mixing, VecI grou
     require(!offset || zero, "offset goes with zero");
     if (offset) require(offset->shape(0) == rows && offset->shape(1) == groups, "offset must have the shape of scale");
     Grid grid{scale.data(), zero ? zero->data() : nullptr, offset ? offset->data() : nullptr,
-              table ? table->data() : nullptr, groups, static_cast<size_t>(levels), 0};
+              table ? table->data() : nullptr, groups, static_cast<size_t>(levels), 0, 0};
     if (table) {
-        require(table->shape(1) == grid.levels, "table must have `levels` columns");
+        const size_t width = table->shape(1);
+        require(width == grid.levels || width == groups * grid.levels,
+                "table must have `levels` columns, or as many for each group");
         require(table->shape(0) == 1 || table->shape(0) == rows, "table must have one row, or one a row of target");
-        grid.table_stride = table->shape(0) == 1 ? 0 : grid.levels;
+        grid.table_row = table->shape(0) == 1 ? 0 : width;
+        grid.table_group = width == grid.levels ? 0 : grid.levels;
     }
     nb::gil_scoped_release release;
     std::vector<float> strip(n * STRIP);
@@ -321,7 +326,9 @@ static void fit_signed(MatF weight, MatF importance, int bits, VecF reaches, Out
     }
 }
 
-void bind_moment(nb::module_& module);  // moment.cpp
+void bind_codebook(nb::module_& module);
+void bind_lattice(nb::module_& module);  // lattice.cpp
+void bind_moment(nb::module_& module);   // moment.cpp
 
 NB_MODULE(_cpu, module) {
     module.doc() = "Compiled inner loops; see tersor.kernels.reference for what they compute.";
@@ -333,5 +340,7 @@ NB_MODULE(_cpu, module) {
                nb::arg("asymmetric"), nb::arg("shrinks"), nb::arg("scales"), nb::arg("zeros"));
     module.def("fit_signed", &fit_signed, nb::arg("weight"), nb::arg("importance"), nb::arg("bits"), nb::arg("reaches"),
                nb::arg("scales"));
+    bind_codebook(module);
+    bind_lattice(module);
     bind_moment(module);
 }

@@ -62,7 +62,7 @@ recipe(
 recipe(
     name="ptq161-rows",
     paper=_PTQ161,
-    summary="The same without column factors, and more salient channels for what those took.",
+    summary="PTQ1.61 without column factors, and more salient channels for what those took.",
     codec=partial(_salient, rest="bin:row"),
     solver=ErrorFeedback,
     tune=_LEARNED,
@@ -90,7 +90,7 @@ recipe(
 recipe(
     name="sparsegpt-2of4",
     paper=_SPARSE_GPT,
-    summary="The same with two of every four weights: what a pattern that engines run costs.",
+    summary="SparseGPT with two of every four weights: what a pattern that engines run costs.",
     codec=partial(_half, pattern="2of4"),
     solver=ErrorFeedback,
     needs=("sparse2of4(int4:row)",),

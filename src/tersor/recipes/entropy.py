@@ -118,7 +118,7 @@ recipe(
 recipe(
     name="coded-gptq",
     paper=Paper("Integers with error feedback, entropy coded"),
-    summary="The same codes, each column's error pushed onto the columns still to come.",
+    summary="Codes as in coded-rtn, each column's error pushed onto the columns still to come.",
     codec=coded,
     solver=ErrorFeedback,
     differs="Not a paper's; WaterSIC (2603.04956) has steps for columns too.",

@@ -74,7 +74,7 @@ recipe(
 recipe(
     name="adaquant",
     paper=_ADAQUANT,
-    summary="The same, with 2 to 5 bits for each layer by an integer programme.",
+    summary="AdaQuant with 2 to 5 bits for each layer by an integer programme.",
     codec=uniform,
     solver=_perturbation,
     plan=integer_programme,

@@ -55,7 +55,10 @@ recipe(
         "The rank is what the budget allows (3 to 12 here), paid for by coarser groups; factors are 8-bit integers "
         "with a scale for each component, and the right one is fitted once more to the left one as stored."
     ),
-    claims=(Claim("Low-rank compensation beats rounding alone at equal bytes.", "nearest", (3, 4)),),
+    claims=(
+        Claim("Low-rank compensation of at most 0.3 bits lowers the divergence.", "nearest-rows", (3, 4), extra=0.3),
+        Claim("Low-rank compensation beats rounding alone at equal bytes.", "nearest", (3, 4)),
+    ),
 )
 
 recipe(
@@ -65,13 +68,16 @@ recipe(
     codec=partial(_corrected, plain=True),
     solver=gptq,
     differs="As zeroquant-v2.",
-    claims=(Claim("Low-rank compensation improves on error feedback at equal bytes.", "gptq", (3, 4)),),
+    claims=(
+        Claim("Low-rank compensation of at most 0.3 bits lowers the divergence.", "gptq-rows", (3, 4), extra=0.3),
+        Claim("Low-rank compensation improves on error feedback at equal bytes.", "gptq", (3, 4)),
+    ),
 )
 
 recipe(
     name="eora",
     paper=_EORA,
-    summary="The same as zeroquant-v2 with the low-rank part that is best for the layer's output.",
+    summary="As zeroquant-v2, with the low-rank part that is best for the layer's output.",
     codec=_corrected,
     solver=Nearest,
     differs="No pruning (see eora-2of4); the rank is what the budget allows, with factors in 8 bits.",
@@ -121,7 +127,7 @@ recipe(
 recipe(
     name="lq-lora-plain",
     paper=_LQ_LORA,
-    summary="The same with a low-rank part that knows no weights.",
+    summary="LQ-LoRA with a low-rank part that knows no weights.",
     codec=partial(_corrected, plain=True, again=":again3"),
     solver=Nearest,
     differs="The paper's ablation; as lq-lora otherwise.",

@@ -13,7 +13,7 @@ from tersor.solvers import CoordinateDescent, ErrorFeedback, Nearest
 
 
 def _kept(bits: float, shape: Shape, by: str = "", again: str = "") -> str:
-    """At least 0.5 % of outliers, at 32 bits each and 32 a row, and the finest groups that leave room for them."""
+    """At least 0.5 % of outliers, at 16 bits and a place each, and the finest groups that leave room for them."""
     dense = reversed(grouped(f"int{integer(bits)}:{{}}", shape[1]))
     return with_outliers(dense, bits, shape, least=0.5, by=by, again=again)
 
@@ -63,7 +63,7 @@ recipe(
 recipe(
     name="squeezellm-plain",
     paper=Paper("SqueezeLLM: Dense-and-Sparse Quantization", "2306.07629", "S045"),
-    summary="The same with k-means that knows no weights, and the largest weights kept.",
+    summary="SqueezeLLM with k-means that knows no weights, and the largest weights kept.",
     codec=_tables,
     solver=Nearest,
     calibrated=False,
@@ -141,6 +141,16 @@ recipe(
 )
 
 recipe(
+    name="binary-rows",
+    paper=Paper("Signs times a scale for each row, with error feedback"),
+    summary="The sign of every weight and one scale a row: pure binarization.",
+    codec=lambda _bits, _shape: "bin:row",
+    solver=ErrorFeedback,
+    needs=("bin:row",),
+    differs="Not a paper's: the baseline that PB-LLM names. It takes about 1 bit however many are given.",
+)
+
+recipe(
     name="pb-llm",
     paper=Paper("PB-LLM: Partially Binarized Large Language Models", "2310.00034", "S061"),
     summary="A few salient weights of each row in 8 bits, the signs of all others with a scale; error feedback.",
@@ -156,5 +166,6 @@ recipe(
     claims=(
         Claim("Beats rounding to nearest at equal bits.", "rtn", (2, 3)),
         Claim("A few weights at 8 bits beat signs alone in finer groups.", "binary", (2, 3)),
+        Claim("Perplexity is a tenth of that of signs alone.", "binary-rows", (3,), 0.1, "perplexity", extra=2.25),
     ),
 )

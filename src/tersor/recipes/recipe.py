@@ -34,17 +34,28 @@ class Claim:
 
     At each of ``bits``, the recipe's ``metric`` is below ``ratio`` times that of the recipe ``baseline``, at equal
     bytes. ``kl``: divergence of the whole model; ``output``: mean relative error of the layers' outputs.
+    ``extra``: bits per weight that the recipe may take beyond its baseline's, for papers that add something to it.
     """
 
     sentence: str
     baseline: str
     bits: tuple[float, ...]
     ratio: float = 1.0
-    metric: Literal["kl", "output"] = "kl"
+    metric: Literal["kl", "output", "perplexity"] = "kl"
+    extra: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.ratio <= 0 or not self.bits:
-            raise BadInput(f"The claim {self.sentence!r} needs a ratio above 0 and at least one number of bits.")
+        if self.ratio <= 0 or self.extra < 0 or not self.bits:
+            raise BadInput(
+                f"The claim {self.sentence!r} needs a ratio above 0, at least one number of bits, and no less than 0 "
+                f"extra ones."
+            )
+
+    @property
+    def against(self) -> str:
+        """The baseline, and what is compared with it where that is not the divergence at equal bytes."""
+        what = {"kl": "", "output": ", output error", "perplexity": ", perplexity"}[self.metric]
+        return self.baseline + what + (f", {self.extra:g} bits fewer" if self.extra else "")
 
 
 @dataclass(frozen=True)
@@ -125,6 +136,12 @@ class Recipe:
                 f"bits, more than the {limit:,} it was given."
             )
         return codec
+
+    def codecs_told(self) -> str:
+        """What the layers' codecs may be other than :meth:`codec_for` says, in words; empty where they are those."""
+        if self.plan is not None:
+            return "before the plan shares the bits out among layers"
+        return "before each layer's own is chosen" if self.refine is not None else ""
 
     def bits(self, codec: Codec, shape: Shape) -> int:
         """All bits that a layer takes in the file."""

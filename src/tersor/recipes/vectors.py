@@ -101,17 +101,18 @@ recipe(
 recipe(
     name="vptq-nearest",
     paper=_VPTQ,
-    summary="The same codebooks without error feedback.",
+    summary="The codebooks of vptq without error feedback.",
     codec=_codebooks,
     solver=Nearest,
     needs=("vq8x4",),
     differs="The paper's ablation; as vptq otherwise.",
+    claims=(Claim("Codebooks weighted by the Hessian's diagonal beat unweighted ones.", "vq", (2,)),),
 )
 
 recipe(
     name="vptq-single",
     paper=_VPTQ,
-    summary="The same with one codebook, no residual stages.",
+    summary="VPTQ with one codebook, no residual stages.",
     codec=partial(_codebooks, stages=()),
     solver=ErrorFeedback,
     needs=("vq8x4",),

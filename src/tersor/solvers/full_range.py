@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from tersor.contracts import Encoded, Gram, LeafCodec, Solver
 from tersor.errors import BadInput
+
+
+@runtime_checkable
+class StoresScales(Protocol):
+    """A codec that says which scales it can store, and what else it stores for them."""
+
+    def storable(self, scale: Tensor) -> Mapping[str, Tensor]:
+        """Side information with the nearest scales to ``scale (rows, groups)`` that can be stored."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,8 @@ class FullRange(Solver):
         else:
             wanted = groups.abs().amax(2) / ((grid.levels - 1) / 2)
         side["scale"] = torch.where(wanted > 0, wanted, side["scale"])
+        if isinstance(codec, StoresScales):
+            side |= codec.storable(side["scale"])
         # The codec's own rounding of scales, by way of what it would store.
         codes, _ = codec.round(weight, side, numbers)
         shape = (rows, columns)

@@ -217,10 +217,13 @@ def neighbours(weight: Tensor, grid: ScalarGrid) -> tuple[Tensor, Tensor, Tensor
         lower = torch.floor((weight + offset) / scale + zero).clamp_(0, grid.levels - 2)
         return lower.long(), (lower - zero) * scale - offset, scale
     assert grid.table is not None
-    table = grid.table.expand(len(weight), -1).contiguous()
-    index = (torch.searchsorted(table, (weight / scale).contiguous(), right=True) - 1).clamp_(0, grid.levels - 2)
-    low = table.gather(1, index)
-    return index, low * scale, (table.gather(1, index + 1) - low) * scale
+    shape = (len(weight), grid.table.shape[1] // grid.levels, -1)
+    table = grid.table.reshape(-1, shape[1], grid.levels).expand(shape).contiguous()
+    scaled = (weight / scale).reshape(shape).contiguous()
+    index = (torch.searchsorted(table, scaled, right=True) - 1).clamp_(0, grid.levels - 2)
+    low = table.gather(2, index)
+    step = (table.gather(2, index + 1) - low).flatten(1)
+    return index.flatten(1), low.flatten(1) * scale, step * scale
 
 
 def better(weight: Tensor, codec: LeafCodec, first: Encoded, second: Encoded, gram: Tensor) -> Encoded:

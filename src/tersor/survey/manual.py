@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,6 +33,8 @@ def recipe_page(
             "|---|---|---|---|---|---|",
         ]
         lines += [_row(one) for one in own]
+        told = recipe.codecs_told()
+        lines += ["", f"The codecs are those {told}."] if told else []
     judged = [one for one in verdicts if one.recipe == recipe.name]
     if judged:
         lines += ["", "## Claims", "", "| claim | bits | against | ratio at equal bytes | must be below | verdict |"]
@@ -43,7 +44,7 @@ def recipe_page(
 
 
 def _row(one: Outcome) -> str:
-    codecs = ", ".join(f"`{text}`" for text in dict.fromkeys(json.loads(one.recipe_settings)["codecs"].values()))
+    codecs = ", ".join(f"`{text}`" for text in one.codecs)
     if one.kl is None or one.kl_error is None:
         return f"| {one.bits:g} | {one.status}: {one.error} | | | | {codecs} |"
     error = "" if one.output_error is None else f"{one.output_error:.4f}"
@@ -52,9 +53,8 @@ def _row(one: Outcome) -> str:
 
 
 def _claim(one: Verdict) -> str:
-    against = one.claim.baseline + (", output error" if one.claim.metric == "output" else "")
     found = one.why if one.ratio is None else f"{one.ratio:.3f} ({one.low:.3f} to {one.high:.3f})"
-    return f"| {one.claim.sentence} | {one.bits:g} | {against} | {found} | {one.claim.ratio:g} | {one.word} |"
+    return f"| {one.claim.sentence} | {one.bits:g} | {one.claim.against} | {found} | {one.claim.ratio:g} | {one.word} |"
 
 
 def _cited(recipe: Recipe) -> str:

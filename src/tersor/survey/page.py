@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -71,7 +70,7 @@ def render(
         .render(
             facts=facts,
             recipes=recipes,
-            rows=[(one, json.loads(one.recipe_settings), (one.recipe, one.bits) in best) for one in rows],
+            rows=[(one, (one.recipe, one.bits) in best) for one in rows],
             # What was not tested comes last.
             verdicts=sorted(verdicts, key=lambda one: one.word == "untested"),
             counts=counts,

@@ -52,6 +52,11 @@ class Outcome:
         assert self.nbytes is not None
         return 8 * self.nbytes / (self.weights or 1)
 
+    @property
+    def codecs(self) -> tuple[str, ...]:
+        """The texts of its codecs for the shapes of layers, before a plan or the layers themselves change them."""
+        return tuple(dict.fromkeys(json.loads(self.recipe_settings)["codecs"].values()))
+
     def plain(self) -> dict[str, Any]:
         return asdict(self)
 

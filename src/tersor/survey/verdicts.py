@@ -41,14 +41,16 @@ def judge(claim: Claim, recipe: str, bits: float, mine: Outcome | None, theirs: 
     """The verdict on ``claim`` of ``recipe``, from its outcome and its baseline's at ``bits``.
 
     Holds when the ratio is below the claim's by more than two standard errors, fails when it is above by as much.
-    Output errors are those of one calibration text and have no error of their own.
+    Output errors are those of one calibration text and have no error of their own; nor have perplexities. Bits that
+    the claim grants the recipe beyond its baseline's are not corrected for.
     """
     first, second = _measured(mine, claim.metric), _measured(theirs, claim.metric)
     if mine is None or theirs is None or first is None or second is None:
         name, outcome = (recipe, mine) if first is None else (claim.baseline, theirs)
         what = "was not run" if outcome is None else f"was {outcome.status}"
         return Verdict(recipe, claim, bits, "untested", why=f"{name} {what} at {bits:g} bits")
-    correction = SLOPE * (mine.rate - theirs.rate)
+    more = mine.rate - theirs.rate
+    correction = SLOPE * (more - min(max(more, 0.0), claim.extra))
     centre = math.log(max(first, _FLOOR)) - math.log(max(second, _FLOOR)) + correction
     error = log_error(mine, theirs) if claim.metric == "kl" else 0.0
     low, high = centre - SIGMAS * error, centre + SIGMAS * error
@@ -61,7 +63,7 @@ def judge(claim: Claim, recipe: str, bits: float, mine: Outcome | None, theirs: 
 def _measured(outcome: Outcome | None, metric: str) -> float | None:
     if outcome is None or outcome.status != "measured":
         return None
-    return outcome.kl if metric == "kl" else outcome.output_error
+    return {"kl": outcome.kl, "output": outcome.output_error, "perplexity": outcome.perplexity}[metric]
 
 
 def log_error(mine: Outcome, theirs: Outcome) -> float:
@@ -84,15 +86,13 @@ def log_error(mine: Outcome, theirs: Outcome) -> float:
 
 
 def verdicts(recipes: Mapping[str, Recipe], outcomes: Iterable[Outcome]) -> list[Verdict]:
-    """Every claim of every recipe at each number of bits that it speaks of and that the survey has."""
+    """Every claim of every recipe at each number of bits that it speaks of, whether or not the survey has it."""
     found = {(outcome.recipe, outcome.bits): outcome for outcome in outcomes}
-    asked = {bits for _, bits in found}
     return [
         judge(claim, recipe.name, bits, found.get((recipe.name, bits)), found.get((claim.baseline, bits)))
         for recipe in recipes.values()
         for claim in recipe.claims
         for bits in claim.bits
-        if bits in asked
     ]
 
 

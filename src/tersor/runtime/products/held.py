@@ -11,7 +11,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from tersor.codecs import Dense, Integer, LookupTable, MicroFloat, NvFloat, SignedInteger, SmallFloat
+from tersor.codecs import Dense, Integer, LookupTable, MicroFloat, NvFloat, RowFloat, SignedInteger, SmallFloat
 from tersor.contracts import Codec, Shape
 from tersor.kernels import products, products_composed
 from tersor.kernels.products import Product
@@ -22,7 +22,7 @@ _TENSORS = (Tensor, torch.nn.Parameter)
 _DENSE, _QUICK = 48, 256
 """From how many tokens on decoding once and torch's bfloat16 product, where the machine has one, took less time than
 ours: weights kept as floats, and codecs decoded in a few nanoseconds a weight. For all others from 1,500 tokens on."""
-_QUICKLY_DECODED = (Integer, SignedInteger, LookupTable, SmallFloat, MicroFloat, NvFloat)
+_QUICKLY_DECODED = (Integer, SignedInteger, LookupTable, SmallFloat, MicroFloat, NvFloat, RowFloat)
 
 
 class _Switch:

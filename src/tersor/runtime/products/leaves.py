@@ -14,6 +14,7 @@ from tersor.codecs import (
     LookupTable,
     MicroFloat,
     NvFloat,
+    RowFloat,
     SignedInteger,
     SmallFloat,
     Sparse,
@@ -32,6 +33,7 @@ from tersor.runtime.products.table import Parts, makes
 
 _STEP = 4
 """Columns of groups that loops over codes take are multiples of this."""
+_MOST_COLUMNS = 1 << 16
 
 
 def _takes(group: int | None) -> bool:
@@ -56,7 +58,9 @@ def _integer(codec: Integer | SignedInteger, parts: Parts, shape: Shape) -> Prod
 
 
 @makes(LookupTable)
-def _lookup(codec: LookupTable, parts: Parts, shape: Shape) -> Product:
+def _lookup(codec: LookupTable, parts: Parts, shape: Shape) -> Product | None:
+    if codec.group is not None:
+        return None  # loops over codes have one table a row
     return products.row_codes(
         parts["codes"], bits=codec.bits_per_code, columns=shape[1], group=None, scale=None, table=parts["table"]
     )
@@ -83,6 +87,21 @@ def _small_float(codec: SmallFloat, parts: Parts, shape: Shape) -> Product | Non
         scale=scale,
         super_scale=parts.get("super"),
         table=_by_code(codec.bits_per_code, codec.exponent),
+    )
+
+
+@makes(RowFloat)
+def _row_float(codec: RowFloat, parts: Parts, shape: Shape) -> Product | None:
+    """Scales as float16; where some are too small for it to hold them exactly, powers, and a table for every row."""
+    if not _takes(codec.group):
+        return None
+    table, row = _by_code(codec.bits_per_code, codec.exponent), parts["super"].to(torch.float32)
+    power = codec.powers(parts["shift"], shape[1])
+    scale = (row * power).to(torch.float16)
+    if not torch.equal(scale.to(torch.float32), row * power):
+        scale, table = power.to(torch.bfloat16), row * table
+    return products.row_codes(
+        parts["codes"], bits=codec.bits_per_code, columns=shape[1], group=codec.group, scale=scale, table=table
     )
 
 
@@ -156,5 +175,11 @@ def _dense(_codec: Dense, parts: Parts, _shape: Shape) -> Product:
 
 
 @makes(Sparse)
-def _sparse(_codec: Sparse, parts: Parts, shape: Shape) -> Product:
-    return products_composed.sparse(parts["values"], parts["columns"], parts["starts"], shape[1])
+def _sparse(codec: Sparse, parts: Parts, shape: Shape) -> Product | None:
+    """Columns of 16 bits and starts of rows are made of the stored places; wider layers have no such product."""
+    if shape[1] > _MOST_COLUMNS:
+        return None
+    columns, starts = codec.rows_of(parts, shape)
+    return products_composed.sparse(
+        parts["values"], columns.to(torch.int32).to(torch.uint16), starts.to(torch.int32), shape[1]
+    )

@@ -14,6 +14,7 @@ from tersor.codecs import (
     NvFloat,
     PrincipalBasis,
     Rotated,
+    RowFloat,
     RowStretches,
     SignedInteger,
     SmallFloat,
@@ -30,6 +31,7 @@ _LEAVES = (
     LookupTable,
     MicroFloat,
     NvFloat,
+    RowFloat,
     SignedInteger,
     SmallFloat,
     Trellis,
@@ -42,4 +44,6 @@ def used_as_stored(codec: Codec) -> bool:
         return all(used_as_stored(inner) for inner in codec.codecs)
     if isinstance(codec, (Rotated, PrincipalBasis, ColumnScaled)):
         return used_as_stored(codec.inner)
+    if isinstance(codec, LookupTable) and codec.group is not None:
+        return False
     return isinstance(codec, _LEAVES)
