@@ -4,14 +4,16 @@
 
 The gap is ``R + log2(MSE) / 2`` bits: with ``R`` everything that is stored, and with the stream alone. The path's speed
 is that of the search for one path through every column; the others are all of encoding, five to ten such searches, and
-of decoding. All in processor time, on one thread.
+of decoding. All in processor time, on one thread. Results are left in ``benchmarks/results/ectcq.json``.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import time
+from pathlib import Path
 
 import torch
 
@@ -19,9 +21,11 @@ from tersor.codecs.ectcq import EntropyCodedTrellis
 from tersor.codecs.ectcq_leaf import TrellisGrid
 from tersor.solvers import Encoder, Nearest
 
+RESULTS = Path(__file__).parent / "results" / "ectcq.json"
+
 
 def main() -> None:
-    """Print one line for each rate and number of states."""
+    """Print one line for each rate and number of states, and keep them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=1024)
     parser.add_argument("--rates", default="0.75,1,2,3,4")
@@ -32,6 +36,7 @@ def main() -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     columns = torch.arange(arguments.size)
     print(f"{'codec':>14} {'MSE':>9} {'gap':>7} {'stream':>7} {'empty':>7}   million weights/s: path encode decode")
+    rows = []
     for states in map(int, arguments.states.split(",")):
         for rate in map(float, arguments.rates.split(",")):
             codec = EntropyCodedTrellis(round(rate * 1000), states)
@@ -55,6 +60,15 @@ def main() -> None:
                 + " ".join(f"{speed:6.1f}" for speed in speeds),
                 flush=True,
             )
+            rows.append(
+                {
+                    "codec": str(codec),
+                    "error": loss,
+                    "gap": gaps[0],
+                    "million_weights_per_second": dict(zip(("path", "encode", "decode"), speeds, strict=True)),
+                }
+            )
+    RESULTS.write_text(json.dumps({"shape": shape, "threads": 1, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,7 @@ def test_results_do_not_depend_on_the_process(run: Callable[..., Survey], tmp_pa
     ]
 
 
+RESULTS = "SELECT recipe, bits, created || kl FROM results WHERE status = 'measured'"
 SLOW = """
 import os, time
 from pathlib import Path
@@ -104,7 +106,9 @@ from tersor.solvers import Nearest
 
 def wait(weight, codec):
     Path(__file__).with_suffix(".pid").write_text(str(os.getpid()))
-    time.sleep(600)
+    while not Path(__file__).with_suffix(".go").exists():
+        time.sleep(0.1)
+    return codec
 
 recipe(name="slow", paper=Paper("x"), summary="x", codec=lambda bits, shape: "int2:row", solver=Nearest, refine=wait,
        differs="x")
@@ -112,10 +116,10 @@ recipe(name="slow", paper=Paper("x"), summary="x", codec=lambda bits, shape: "in
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks processes up in /proc")
-def test_processes_end_with_a_survey_that_is_killed(small: Path, words: Path, tmp_path: Path):
+def test_a_survey_that_is_killed_leaves_no_process_and_goes_on(small: Path, words: Path, tmp_path: Path):
     file, told = tmp_path / "slow.py", tmp_path / "slow.pid"
     file.write_text(SLOW)
-    command = [sys.executable, "-m", "tersor", "survey", small, "-o", tmp_path / "out", "--recipes", file]
+    command = [sys.executable, "-m", "tersor", "survey", small, "-o", tmp_path / "out", "--recipes", f"rtn,{file}"]
     command += ["--text", words, "--workers", 2, "--bits", "2,3", "--sequences", 4, "--length", 32]
     settings = {"PYTHONPATH": os.pathsep.join(sys.path), "XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
 
@@ -129,12 +133,24 @@ def test_processes_end_with_a_survey_that_is_killed(small: Path, words: Path, tm
             time.sleep(0.1)
         return done()
 
+    def measured() -> dict[tuple[str, float], str]:
+        with closing(sqlite3.connect(tmp_path / "out" / "survey.sqlite")) as database:
+            return {(recipe, bits): at for recipe, bits, at in database.execute(RESULTS)}
+
     with subprocess.Popen([*map(str, command)], env={**os.environ, **settings}) as survey:
         try:
             assert soon(lambda: told.exists() and bool(told.read_text()))
+            assert soon(lambda: ("rtn", 2.0) in measured())
         finally:
             survey.kill()
     assert soon(lambda: not running(int(told.read_text())))
+    before = measured()
+    assert ("slow", 2.0) not in before
+    file.with_suffix(".go").touch()
+    subprocess.run([*map(str, command)], env={**os.environ, **settings}, check=True, capture_output=True)
+    after = measured()
+    assert set(after) == {(recipe, bits) for recipe in ("rtn", "slow") for bits in (2.0, 3.0)}
+    assert before.items() <= after.items()
 
 
 DYING = """

@@ -396,7 +396,7 @@ def _measure(
 def _tuner(bench: Bench, stream: BlockStream, tuning: BlockTuning) -> BlockTuner:
     ids = bench.texts.calibration.ids
     states = stream.embed(ids[: tuning.rows(ids.shape[1])])
-    return BlockTuner(bench.context, stream, tuning, list(states.split(1)))
+    return BlockTuner(bench.context, stream, tuning, list(states.split(1)))  # type: ignore[no-untyped-call]
 
 
 def _compare(bench: Bench, stream: BlockStream, states: Tensor) -> DivergenceAccumulator:
