@@ -15,10 +15,13 @@ from leaf_checks import correlated_gram, gaussian
 from tersor.artifact.decoder_numpy import DecodeError, decode_weight, parse_codec, parts_of
 from tersor.artifact.header import DTYPE_NAMES
 from tersor.codecs import Coded, Integer, parse
-from tersor.contracts import Gram
+from tersor.codecs.coded_leaf import PricedGrid
+from tersor.codecs.grouped import GroupedScalar
+from tersor.contracts import Gram, LeafCodec
 from tersor.errors import BadInput, ShapeMismatch
 from tersor.kernels import coded as kernel
 from tersor.solvers import CoordinateDescent, Encoder, ErrorFeedback, Nearest
+from tersor.solvers.sequential import sequential_round
 
 
 def read(text: str) -> Coded:
@@ -231,3 +234,31 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         Coded(Integer(4, None), 1000).parts((512, 512))  # integers without zero take a bit each
     with pytest.raises(ShapeMismatch, match="64 does not divide 100"):
         read("coded(int4:g64):3").parts((3, 100))
+
+
+@pytest.mark.skipif(not kernel.compiled, reason="nothing was compiled")
+@pytest.mark.parametrize("inner", ["int4:row", "int8:row", "int3:g32", "int4:g16:asym", "int2:g16:s8", "int1:g32"])
+@pytest.mark.parametrize("rows", [1, 33, 200])
+def test_columns_in_order_are_rounded_at_once_with_the_same_bits(
+    inner: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    weight = torch.randn(rows, 96, generator=generator) * torch.rand(rows, 1, generator=generator).exp()
+    grid = parse(inner)
+    assert isinstance(grid, GroupedScalar)
+    codec = PricedGrid(grid, -1.5, 8, 0.5)
+    side = codec.prepare(weight)
+    columns = torch.randperm(96, generator=generator)
+    mixing = (0.05 * torch.randn(96, 96, generator=generator)).triu(1)
+    target = weight[:, columns].contiguous()
+
+    def rounded() -> tuple[Tensor, Tensor]:
+        given = {"reference": target, "mixing": mixing, "columns": columns, "in_features": 96}
+        return sequential_round(codec, side, target.clone(), **given)  # type: ignore[arg-type]
+
+    assert codec.round_all(target, side, columns, target, mixing) is not None
+    at_once = rounded()
+    monkeypatch.setattr(PricedGrid, "round_all", LeafCodec.round_all)
+    step_by_step = rounded()
+    assert torch.equal(at_once[0], step_by_step[0])
+    assert torch.equal(at_once[1], step_by_step[1])

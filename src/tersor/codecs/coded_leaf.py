@@ -170,6 +170,29 @@ class PricedGrid(LeafCodec):
         assert grid.table is not None
         return codes.int(), grid.table[0][codes] * scale
 
+    def round_all(
+        self, target: Tensor, side: Side, columns: Tensor, reference: Tensor, mixing: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        grid = self.inner.grid(inner_side(side), len(columns))
+        if isinstance(self.inner, SmallFloat) or grid.zero is None:
+            return None
+        return coded.priced_in_order(
+            target,
+            reference,
+            mixing,
+            self._group(side, columns),
+            side["scale"],
+            centre(self.inner, side),
+            grid.zero,
+            grid.levels,
+            4 * side["price_row"],
+            side["price_column"][columns],
+            side["kind"],
+            side["symbol"],
+            side["low"],
+            side["price"],
+        )
+
     def _searched(self, wanted: Tensor, side: Side, columns: Tensor) -> Tensor:
         """Grid numbers ``(rows, n)`` int64 for targets in half steps; 0 where that costs less than what was found."""
         group, kind = self._group(side, columns), side["kind"]

@@ -12,7 +12,9 @@
 
 namespace nb = nanobind;
 
-#if defined(__x86_64__) && defined(__GNUC__) && defined(__linux__)
+#if defined(__GNUC__)  // others have no vectors of this kind, and do without
+
+#if defined(__x86_64__) && defined(__linux__)
 #define TERSOR_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define TERSOR_CLONES
@@ -79,6 +81,7 @@ float enough(const float* values, size_t count, size_t width) {
     }
     float columns[LANES];
     std::memcpy(columns, &least, sizeof least);
+    for (float& one : columns) one = one < INFINITY ? one : INFINITY;  // also what is no number
     std::nth_element(columns, columns + width - 1, columns + LANES);
     return std::nextafter(columns[width - 1], INFINITY);
 }
@@ -220,7 +223,11 @@ void nearest_sums(MatF vectors, MatF half, CubeF entries, int bits, size_t width
 
 }  // namespace
 
-void bind_codebook(nb::module_& module) {
+#endif
+
+void bind_codebook([[maybe_unused]] nb::module_& module) {
+#if defined(__GNUC__)
     module.def("nearest_sums", &nearest_sums, nb::arg("vectors"), nb::arg("half"), nb::arg("entries"), nb::arg("bits"),
                nb::arg("width"), nb::arg("codes"));
+#endif
 }

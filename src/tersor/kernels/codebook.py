@@ -12,7 +12,8 @@ try:
 except ImportError:
     _cpu = None
 
-compiled: bool = _cpu is not None
+_search = getattr(_cpu, "nearest_sums", None)
+compiled: bool = _search is not None
 """Without it a search takes about ten times as long."""
 _WIDE = 64
 
@@ -20,7 +21,7 @@ _WIDE = 64
 def nearest_sums(vectors: Tensor, book: Tensor, width: int) -> Tensor:
     """See :func:`tersor.kernels.reference_codebook.nearest_sums`; one thread, the interpreter lock released."""
     stages, size, dim = book.shape
-    if _cpu is None or not len(vectors):
+    if _search is None or not len(vectors):
         return reference_codebook.nearest_sums(vectors, book, width)
     count = -(-size // _WIDE) * _WIDE
     half = torch.full((stages, count), torch.inf)
@@ -30,5 +31,5 @@ def nearest_sums(vectors: Tensor, book: Tensor, width: int) -> Tensor:
     codes = torch.empty(len(vectors), dtype=torch.int32)
     # NumPy views cross into C++ in a fraction of the time that tensors take, and this is called for every few columns.
     given = (vectors.contiguous().numpy(), half.numpy(), entries.numpy())
-    _cpu.nearest_sums(*given, size.bit_length() - 1, min(width, size), codes.numpy())
+    _search(*given, size.bit_length() - 1, min(width, size), codes.numpy())
     return codes

@@ -122,6 +122,40 @@ def path_in_order(
     return codes, decoded
 
 
+def priced_in_order(
+    target: Tensor,
+    reference: Tensor,
+    mixing: Tensor,
+    group: Tensor,
+    scale: Tensor,
+    middle: Tensor,
+    zero: Tensor,
+    levels: int,
+    price_row: Tensor,
+    price_column: Tensor,
+    kind: Tensor,
+    symbol: Tensor,
+    low: Tensor,
+    prices: Tensor,
+) -> tuple[Tensor, Tensor] | None:
+    """Codes int32 and values, both ``(rows, n)``, of the columns of ``target`` rounded one after the other, even grids.
+
+    Which codes are cheapest is what :meth:`tersor.codecs.coded_leaf.PricedGrid.round` says; targets of later columns
+    move as in :func:`path_in_order`, to the bit. ``group (n,)``: the group of each column; ``scale``, ``middle``,
+    ``zero``, ``price_row (rows, groups)``; ``price_column (n,)``; ``kind (rows,)``; ``symbol (classes, 2, 32)``, ``low
+    (classes,)``, ``prices (classes, 513)``. None where it was not compiled.
+    """
+    if _coded is None:
+        return None
+    moved = target.clone(memory_format=torch.contiguous_format).float()
+    codes, decoded = torch.empty(target.shape, dtype=torch.int32), torch.empty(target.shape)
+    grid = map(_float, (scale, zero - middle, middle, zero))
+    given = _float(price_row), _float(price_column), _int(kind), _float(symbol), _int(low), _float(prices)
+    steps = _float(reference), _float(mixing), _int(group)
+    _coded.priced_in_order(moved, *steps, *grid, float(levels - 1), *given, codes, decoded)
+    return codes, decoded
+
+
 def encode(codes: Tensor, classes: Tensor, frequency: Tensor, low: Tensor, nbytes: int) -> tuple[Tensor, int]:
     """:func:`encode_in` where the class of a column, ``classes (columns,)``, is the context of all its numbers."""
     return encode_in(codes, Contexts(classes, frequency, low), nbytes)

@@ -208,6 +208,73 @@ void path_in_order(OutF moved, MatF reference, MatF mixing, VecF step, float mos
     }
 }
 
+// Even grids with no trellis, whose numbers are chosen by their price and, where that costs less, are 0.
+struct Grid {
+    const float *scale, *shift, *middle, *price_row;  // (rows, groups); `shift`: the zero less the middle
+    size_t groups;
+    float most;           // of a code
+    const float* prices;  // (classes, 2 reach + 1): bits of an index
+    int reach;
+
+    // The code for `target`, its group `at`, under `model` and the price `bit` of a bit; `of`: the prices of its class.
+    float code(float target, size_t at, const Model& model, const float* of, float bit) const {
+        const float low = -2.0f * middle[at], high = 2.0f * (most - middle[at]);
+        float x = 2.0f * (target / scale[at] + shift[at]);
+        x = std::isnan(x) ? 0.0f : std::clamp(x, low, high);
+        float least = INFINITY;
+        int found = 0;
+        for (int z = 0; z < 4; z += 2) {
+            const int under = static_cast<int>(std::floor((x - static_cast<float>(z)) * 0.25f)) * 4 + z;
+            const float a = branch(model, x, under, bit), b = branch(model, x, under + 4, bit);
+            const float cost = b < a ? b : a;
+            if (cost < least) {
+                least = cost;
+                found = b < a ? under + 4 : under;
+            }
+        }
+        const float off = x - static_cast<float>(found);
+        const float saved = of[std::clamp(found >> 1, -reach, reach) + reach] - of[reach];
+        if (x * x - off * off < bit * saved) found = 0;
+        return std::floor(std::clamp(static_cast<float>(found), low, high) * 0.5f) + middle[at];
+    }
+};
+
+void priced_in_order(OutF moved, MatF reference, MatF mixing, VecI group, MatF scale, MatF shift, MatF middle, MatF zero,
+                     float most, MatF price_row, VecF price_column, VecI kind, CubeF symbol, VecI low, MatF prices, OutI codes,
+                     OutF decoded) {
+    const size_t rows = moved.shape(0), columns = moved.shape(1), groups = scale.shape(1), classes = symbol.shape(0);
+    const auto like = [&](const auto& one) { return one.shape(0) == rows && one.shape(1) == columns; };
+    const auto grouped = [&](const MatF& one) { return one.shape(0) == rows && one.shape(1) == groups; };
+    const auto inside = [](const VecI& one, size_t size, size_t below) {
+        return one.shape(0) == size && std::all_of(one.data(), one.data() + size, [&](int32_t v) {
+                   return v >= 0 && static_cast<size_t>(v) < below;
+               });
+    };
+    const bool ok = like(reference) && like(codes) && like(decoded) && mixing.shape(0) == columns &&
+                    mixing.shape(1) == columns && grouped(scale) && grouped(shift) && grouped(middle) && grouped(zero) &&
+                    grouped(price_row) && price_column.shape(0) == columns && inside(group, columns, groups) &&
+                    inside(kind, rows, classes) && symbol.shape(1) == 2 && symbol.shape(2) == SYMBOLS &&
+                    low.shape(0) == classes && prices.shape(0) == classes && prices.shape(1) % 2 == 1;
+    if (!ok) throw std::invalid_argument("arguments of priced rounding in order must have matching shapes");
+    nb::gil_scoped_release release;
+    const float none[SHRINKS] = {};
+    std::vector<Model> models;
+    for (size_t c = 0; c < classes; ++c) models.push_back({symbol.data() + c * 2 * SYMBOLS, none, low.data()[c]});
+    const Grid grid{scale.data(), shift.data(), middle.data(), price_row.data(), groups, most, prices.data(),
+                    static_cast<int>(prices.shape(1) / 2)};
+    for (size_t j = 0; j < columns; ++j)
+        for (size_t t = 0; t < rows; ++t) {
+            const size_t at = t * columns + j, own = t * groups + static_cast<size_t>(group.data()[j]);
+            const size_t which = static_cast<size_t>(kind.data()[t]);
+            const float bit = grid.price_row[own] * price_column.data()[j];
+            const float code = grid.code(moved.data()[at], own, models[which], grid.prices + which * prices.shape(1), bit);
+            const float value = (code - zero.data()[own]) * grid.scale[own];
+            codes.data()[at] = static_cast<int32_t>(code);
+            decoded.data()[at] = value;
+            push(value - reference.data()[at], mixing.data() + j * columns + j + 1, moved.data() + at + 1, columns - j - 1);
+        }
+}
+
 }  // namespace
 
 void bind_ectcq(nb::module_& module) {
@@ -218,4 +285,8 @@ void bind_ectcq(nb::module_& module) {
                nb::arg("most"), nb::arg("price_of_row"), nb::arg("price_of_column"), nb::arg("row"), nb::arg("level"),
                nb::arg("shift"), nb::arg("price"), nb::arg("shrink"), nb::arg("low"), nb::arg("states"), nb::arg("h0"),
                nb::arg("h1"), nb::arg("codes"), nb::arg("decoded"));
+    module.def("priced_in_order", &priced_in_order, nb::arg("moved"), nb::arg("reference"), nb::arg("mixing"), nb::arg("group"),
+               nb::arg("scale"), nb::arg("shift"), nb::arg("middle"), nb::arg("zero"), nb::arg("most"),
+               nb::arg("price_row"), nb::arg("price_column"), nb::arg("kind"), nb::arg("symbol"), nb::arg("low"),
+               nb::arg("prices"), nb::arg("codes"), nb::arg("decoded"));
 }
